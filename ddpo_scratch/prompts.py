@@ -66,4 +66,7 @@ class PromptDataset(Dataset):
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < self.num:
             raise IndexError(f"index {index} is outside 0…{self.num - 1}.")
-        return self.prompt_fn()
+        prompt = self.prompt_fn()
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt_fn must return a string, not the {type(prompt).__name__} {prompt!r}.")
+        return prompt

@@ -37,3 +37,4 @@ def test_prompt_dataset():
     for num in (0, -1, 2.5, "4"):
         with pytest.raises(ValueError, match="at least 1"): PromptDataset(emoji_animal_prompts, num)
     with pytest.raises(TypeError, match="not a str"): PromptDataset("a fox", 4)
+    with pytest.raises(TypeError, match="not the int 7"): PromptDataset(lambda: 7, 4)[0]

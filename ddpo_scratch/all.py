@@ -1,0 +1,9 @@
+"Every public name of every chapter: `from ddpo_scratch.all import *`."
+from .pipelines import *
+from .prompts import *
+from .sampling import *
+from .rewards import *
+from .stat_tracker import *
+from .loss import *
+from .training import *
+from .cli import *
