@@ -7,3 +7,4 @@ from .stat_tracker import *
 from .loss import *
 from .training import *
 from .cli import *
+from .emoji_model import *

@@ -9,6 +9,7 @@ __all__ = ['default_device', 'pipeline_source', 'load_pipeline']
 from importlib.resources import files
 from pathlib import Path
 
+import httpx
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -20,12 +21,9 @@ def default_device(
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device {device!r} is none that torch knows. Give 'cpu', 'cuda' or 'cuda:1'.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device '{device}' was asked for, but torch sees no CUDA GPU here. Give device='cpu'.")
-    return device
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used here: {str(error).splitlines()[0]} Give 'cpu', 'cuda' or 'cuda:1'.") from error
 
 # %% ../nbs/00_pipelines.ipynb 7
 def pipeline_source(
@@ -53,7 +51,7 @@ def load_pipeline(
     device, source = default_device(device), pipeline_source(name)
     try:
         pipe = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, requires_safety_checker=False)
-    except OSError as error:
+    except (OSError, httpx.HTTPError) as error:
         raise ValueError(
             f"the pipeline {name!r} could not be loaded: {error} If the hub cannot be reached from here, "
             "give a local folder, or 'emoji', which needs no download.") from error

@@ -5,7 +5,8 @@
 # %% auto 0
 __all__ = ['AESTHETIC_URL', 'AESTHETIC_SHA256', 'AESTHETIC_CLIP', 'REWARDS', 'MLP', 'load_aesthetic_model_weights',
            'aesthetic_model_normalize', 'aesthetic_scoring', 'AestheticReward', 'jpeg_kilobytes',
-           'JPEGIncompressibility', 'JPEGCompressibility', 'make_reward', 'check_rewards']
+           'JPEGIncompressibility', 'JPEGCompressibility', 'check_reward_name', 'make_reward', 'to_array',
+           'check_rewards']
 
 # %% ../nbs/03_rewards.ipynb 3
 import io
@@ -143,28 +144,43 @@ REWARDS: dict[str, Callable] = {  # name → makes the reward on a device
 }
 
 
+def check_reward_name(
+    name: str,  # a key of `REWARDS`
+) -> None:
+    "`ValueError` with the known rewards if there is none of that name; loads nothing."
+    if name not in REWARDS:
+        raise ValueError(f"unknown reward {name!r}. Known: {', '.join(sorted(REWARDS))}.")
+
+
 def make_reward(
     name: str,                                 # a key of `REWARDS`
     device: str | torch.device | None = None,  # for rewards that have weights
 ) -> Callable:                                 # reward_fn(images, prompts) → [B]
-    "The reward called `name`. `ValueError` with the known ones if there is none."
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}. Known: {', '.join(sorted(REWARDS))}.")
+    "The reward called `name`."
+    check_reward_name(name)
     return REWARDS[name](device=device)
 
 # %% ../nbs/03_rewards.ipynb 24
+def to_array(
+    values,        # numbers: a sequence, an array, or a tensor of any type on any device
+) -> np.ndarray:   # on the CPU; tensors of floats as float64
+    "Numbers from anywhere as a NumPy array."
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = values.double() if values.is_floating_point() else values
+    return np.asarray(values)
+
+
 def check_rewards(
     rewards,                # what a reward function returned: tensor, array or sequence of numbers
     prompts: Sequence[str], # the B prompts that it judged
 ) -> torch.Tensor:          # float32, [B], on the CPU
     "`TypeError` for something that is not numbers, `ValueError` for a wrong shape, NaN or infinity (naming the prompt)."
-    if isinstance(rewards, torch.Tensor):
-        rewards = rewards.detach().cpu()
     try:
-        rewards = np.asarray(rewards)
+        rewards = to_array(rewards)
         if rewards.dtype.kind not in "buif":
             raise TypeError(f"they are of type {rewards.dtype}")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"a reward function must return {len(prompts)} numbers (tensor, array or list); these are none: {error}.") from error
     if rewards.shape != (len(prompts),):
         raise ValueError(f"a reward function must return one number a prompt, shape [{len(prompts)}]; it returned shape {list(rewards.shape)}.")

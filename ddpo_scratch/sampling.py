@@ -79,13 +79,13 @@ def ddim_schedule(
 ) -> Schedule:                 # on the CPU
     "The tables of T DDIM steps (Song et al. 2020, eq. 16); made once for each scheduler object, T and η."
     scheduler.set_timesteps(num_inference_steps)
-    alphas = scheduler.alphas_cumprod.double()
+    alphas = scheduler.alphas_cumprod.cpu().double()
     t = scheduler.timesteps
     before = t - scheduler.config.num_train_timesteps // num_inference_steps
     if t.max() >= len(alphas):
         raise ValueError(f"{num_inference_steps} steps reach beyond the scheduler's {len(alphas)} training steps. Ask for fewer.")
     alpha = alphas[t]
-    alpha_prev = torch.where(before >= 0, alphas[before.clamp(min=0)], scheduler.final_alpha_cumprod.double())
+    alpha_prev = torch.where(before >= 0, alphas[before.clamp(min=0)], scheduler.final_alpha_cumprod.cpu().double())
     std = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).sqrt()
     if (1 - alpha_prev - std**2 < 0).any():
         highest = (eta * (1 - alpha_prev).sqrt() / std)[std > 0].min().item()
@@ -127,7 +127,7 @@ def calculate_log_probs(
 ) -> torch.Tensor:                   # log-density of each element, nats, [B, C, h, w]
     "Gaussian log-density per element. Where σ is 0 there was no choice, and it is 0."
     std = torch.where(std_dev_t > 0, std_dev_t, torch.ones_like(std_dev_t))
-    log_probs = -((prev_sample.detach() - prev_sample_mean) ** 2) / (2 * std**2) - torch.log(std) - math.log(math.sqrt(2 * math.pi))
+    log_probs = -0.5 * ((prev_sample.detach() - prev_sample_mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
     return torch.where(std_dev_t > 0, log_probs, torch.zeros_like(log_probs))
 
 # %% ../nbs/02_sampling.ipynb 27

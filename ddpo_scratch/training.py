@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['COUNTS', 'POSITIVE', 'PROMPTS', 'PRESETS', 'DDPOConfig', 'check_field', 'make_prompt_fn', 'make_config',
-           'sample_and_calculate_rewards', 'train', 'evaluate', 'verdict']
+           'sample_and_calculate_rewards', 'check_run', 'train', 'fresh_prompts', 'evaluate', 'verdict']
 
 # %% ../nbs/06_training.ipynb 3
 import math
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from .loss import compute_loss
 from .prompts import PromptDataset, emoji_animal_prompts, imagenet_animal_prompts
 from .rewards import check_rewards
-from .sampling import check_size, decoding_fn, sd_sample
+from .sampling import check_policy_arguments, check_size, ddim_schedule, decoding_fn, sd_sample
 from .stat_tracker import PerPromptStatTracker
 
 # %% ../nbs/06_training.ipynb 5
@@ -40,7 +40,7 @@ class DDPOConfig:
     num_inner_epochs: int = 1  # passes over an epoch's samples
     num_timesteps: int = 50  # T, denoising steps of a picture, all of them trained
     batch_size: int = 4  # pictures of one optimiser step
-    sample_batch_size: int = 32  # pictures sampled at a time; affects speed and memory only
+    sample_batch_size: int = 32  # pictures sampled at a time; a matter of speed, memory and which noise is drawn
     img_size: int = 512  # height and width, pixels
     cfg: float = 5.0  # scale of classifier-free guidance, in sampling and training; at most 1: off, twice as fast
     eta: float = 1.0  # noise of a denoising step as a share of DDPM's, above 0
@@ -78,8 +78,12 @@ def check_field(
         raise ValueError(f"{name} must be a number above 0, not {value!r}.")
     if name in ("cfg", "weight_decay") and not (isinstance(value, numbers.Real) and 0 <= value < math.inf):
         raise ValueError(f"{name} must be a number of at least 0, not {value!r}.")
-    if name == "seed" and not (isinstance(value, numbers.Integral) and value >= 0):
-        raise ValueError(f"seed must be a whole number of at least 0, not {value!r}.")
+    if name == "seed" and not (isinstance(value, numbers.Integral) and 0 <= value < 2**31):
+        raise ValueError(f"seed must be a whole number from 0 to 2147483647, not {value!r}.")
+    if name in ("pipeline", "prompts", "reward") and not isinstance(value, str):
+        raise TypeError(f"{name} is a name, a string, not a {type(value).__name__}.")
+    if name == "gradient_checkpointing" and not isinstance(value, bool):
+        raise TypeError(f"gradient_checkpointing is True or False, not {value!r}.")
 
 # %% ../nbs/06_training.ipynb 9
 PROMPTS: dict[str, Callable[[], str]] = {fn.__name__: fn for fn in (imagenet_animal_prompts, emoji_animal_prompts)}
@@ -130,6 +134,16 @@ def sample_and_calculate_rewards(
     return imgs, rewards, all_step_preds, log_probs
 
 # %% ../nbs/06_training.ipynb 13
+def check_run(
+    config: DDPOConfig,
+    pipe: StableDiffusionPipeline,
+) -> None:
+    "`TypeError` or `ValueError` where the pipeline cannot do what the configuration says."
+    check_policy_arguments(["a prompt"], pipe, config.cfg, config.num_timesteps, config.eta)
+    check_size(pipe, config.img_size, config.img_size)
+    ddim_schedule(pipe.scheduler, config.num_timesteps, config.eta)
+
+# %% ../nbs/06_training.ipynb 15
 def train(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,         # its UNet is trained in place
@@ -138,7 +152,7 @@ def train(
     on_epoch: Callable[[dict], None] = lambda row: None,  # called after each epoch with its metrics
 ) -> list[dict]:                           # for each epoch: epoch, reward_mean, reward_std, loss, seconds
     "Train the pipeline's UNet with DDPO."
-    check_size(pipe, config.img_size, config.img_size)
+    check_run(config, pipe)
     set_seed(config.seed)
     device = pipe.device
     if config.gradient_checkpointing:
@@ -182,17 +196,24 @@ def train(
         on_epoch(history[-1])
     return history
 
-# %% ../nbs/06_training.ipynb 15
+# %% ../nbs/06_training.ipynb 17
+def fresh_prompts(
+    config: DDPOConfig,
+    prompt_fn: Callable[[], str],
+) -> list[str]:  # as many as an epoch has samples
+    "Prompts to evaluate on; Python's `random` is seeded for them."
+    random.seed(config.seed + 1_000_000)
+    return list(PromptDataset(prompt_fn, config.num_samples_per_epoch))
+
+
 def evaluate(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,
-    prompt_fn: Callable[[], str],
+    prompts: list[str],   # N, from `fresh_prompts`
     reward_fn: Callable,
-) -> tuple[list[str], np.ndarray, torch.Tensor]:  # N prompts, pictures uint8 [N, H, W, 3], rewards [N]
-    "As many fresh pictures as an epoch has samples, from a seed that training does not use, and their rewards."
-    random.seed(config.seed + 1_000_000)
+) -> tuple[np.ndarray, torch.Tensor]:  # pictures uint8 [N, H, W, 3], rewards [N]
+    "Pictures for these prompts, always from the same noise, and their rewards."
     generator = torch.Generator().manual_seed(config.seed + 1_000_000)
-    prompts = list(PromptDataset(prompt_fn, config.num_samples_per_epoch))
     images, rewards = [], []
     for start in range(0, len(prompts), config.sample_batch_size):
         batch = prompts[start : start + config.sample_batch_size]
@@ -200,9 +221,9 @@ def evaluate(
                                                           decoding_fn, reward_fn, pipe.device, config.eta, generator)
         images.append(imgs)
         rewards.append(scores)
-    return prompts, np.concatenate(images), torch.cat(rewards)
+    return np.concatenate(images), torch.cat(rewards)
 
-# %% ../nbs/06_training.ipynb 17
+# %% ../nbs/06_training.ipynb 19
 def verdict(
     before: torch.Tensor,  # rewards of the untrained model, [N]
     after: torch.Tensor,   # of the trained one, on the same prompts and noise, [N]

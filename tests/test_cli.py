@@ -2,6 +2,7 @@
 
 
 import csv
+import inspect
 import re
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from ddpo_scratch.cli import make_run_folder, parse, write_file
+from ddpo_scratch.cli import parse, run_folder, write_file
 from ddpo_scratch.training import PRESETS, DDPOConfig
 
 
@@ -52,8 +53,10 @@ def test_the_command_leaves_a_whole_run():
 def test_help_names_every_field():
     "Each field of the config with its meaning."
     with TemporaryDirectory() as folder: text = re.sub(r"[\s│]+", " ", ddpo_train(folder, "--help").stdout)
-    for field in fields(DDPOConfig): assert f"--{field.name}" in text
-    for meaning in ("denoising steps of a picture, all of them trained", "learning rate of AdamW", "which defaults: blog or emoji"): assert meaning in text
+    meanings = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(DDPOConfig), re.M))
+    assert set(meanings) == {field.name for field in fields(DDPOConfig)}
+    for name, meaning in meanings.items(): assert f"--{name}" in text and meaning in text, name
+    assert "which defaults: blog or emoji" in text
 
 
 def test_flags_and_presets():
@@ -70,7 +73,9 @@ def test_mistakes_are_told_in_one_line():
     "No traceback for settings that cannot be; nothing is left behind."
     with TemporaryDirectory() as folder:
         for flags, message in ((["--reward", "beauty"], "unknown reward 'beauty'"), (["--pipeline", "emojis"], "unknown pipeline 'emojis'"),
-                               (["--num_epochs", "0"], "num_epochs must be"), (["--prompts", "cats"], "unknown prompt function 'cats'")):
+                               (["--num_epochs", "0"], "num_epochs must be"), (["--prompts", "cats"], "unknown prompt function 'cats'"),
+                               (["--preset", "blog", "--reward", "beauty"], "unknown reward 'beauty'"), (["--img_size", "60"], "height must be"),
+                               (["--eta", "3"], "eta = 3.0 asks"), (["--device", "gpu"], "device 'gpu' cannot"), (["--name", "../x"], "a run's name")):
             done = ddpo_train(folder, *flags)
             assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith(f"ddpo_train: {message}") and "Traceback" not in done.stderr
         assert not list(Path(folder).iterdir())
@@ -79,8 +84,12 @@ def test_mistakes_are_told_in_one_line():
 def test_folders_and_files():
     "Numbered names, no overwriting, no halves."
     with TemporaryDirectory() as runs:
-        names = [make_run_folder(PRESETS["emoji"], None, Path(runs)).name for _ in range(2)]
-        assert names == ["emoji-jpeg_compressibility-1", "emoji-jpeg_compressibility-2"]
-        with pytest.raises(ValueError, match="there already"): make_run_folder(PRESETS["emoji"], names[0], Path(runs))
+        for number in (1, 2):
+            folder = run_folder(PRESETS["emoji"], None, Path(runs))
+            assert folder == Path(runs) / f"emoji-jpeg_compressibility-{number}"
+            folder.mkdir()
+        with pytest.raises(ValueError, match="there already"): run_folder(PRESETS["emoji"], folder.name, Path(runs))
+        for name in ("", "../x", "a/b", ".."):
+            with pytest.raises(ValueError, match="plain name"): run_folder(PRESETS["emoji"], name, Path(runs))
         write_file(Path(runs) / "a.txt", "one"); write_file(Path(runs) / "a.txt", b"two")
         assert (Path(runs) / "a.txt").read_text() == "two" and not list(Path(runs).glob("*.part"))

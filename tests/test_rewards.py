@@ -34,8 +34,6 @@ def test_real_head_is_five_matrices():
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
     assert expected.std() > 0.05
 
-if AESTHETIC_CACHE is not None: test_real_head_is_five_matrices()
-
 
 def small_clip():
     "open_clip's CLIP class with a 768-dimensional embedding and two small transformer blocks, random weights."
@@ -56,6 +54,27 @@ def test_aesthetic_scoring():
         with torch.no_grad(): embedding = clip.encode_image(preprocess(Image.fromarray(img))[None]).numpy()
         unit = torch.from_numpy(embedding / np.linalg.norm(embedding))
         with torch.no_grad(): torch.testing.assert_close(head(unit)[0, 0], score, rtol=1e-4, atol=1e-5)
+
+
+def test_aesthetic_reward_holds_its_weights():
+    "Built with a small CLIP of the same class in place of the download: frozen, in eval mode, on its device, blind to prompts."
+    from tempfile import TemporaryDirectory
+    from unittest.mock import patch
+    preprocess = open_clip.image_transform(224, is_train=False)
+    def small(name, pretrained):
+        assert (name, pretrained) == ("ViT-L-14-quickgelu", "openai")
+        return small_clip(), None, preprocess
+    head = MLP(768).state_dict()
+    with patch("ddpo_scratch.rewards.load_aesthetic_model_weights", lambda cache: head):
+        with patch("open_clip.create_model_and_transforms", small): reward_fn = make_reward("aesthetic", "cpu")
+        with patch("open_clip.create_model_and_transforms", side_effect=OSError("no route")):
+            with pytest.raises(ValueError, match="OpenAI's weights could not be had: no route"): make_reward("aesthetic", "cpu")
+    assert not reward_fn.training and not any(p.requires_grad for p in reward_fn.parameters())
+    imgs = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    expected = MLP(768); expected.load_state_dict(head)
+    expected = aesthetic_scoring(imgs, preprocess, small_clip(), aesthetic_model_normalize, expected.eval())
+    torch.testing.assert_close(reward_fn(imgs, ["a fox", "an owl"]), expected)
+    assert torch.equal(reward_fn(imgs, ["a fox", "an owl"]), reward_fn(imgs, ["", "x"]))
 
 
 def test_normalize():
@@ -114,11 +133,11 @@ def test_rewards_by_name_and_bad_rewards():
     assert isinstance(make_reward("jpeg_compressibility"), JPEGCompressibility)
     with pytest.raises(ValueError, match="'beauty'. Known: aesthetic, jpeg_compressibility, jpeg_incompressibility"): make_reward("beauty")
     prompts = ["a fox", "an owl"]
-    for fine in ([1, 2], np.array([1.0, 2.0]), torch.tensor([1.0, 2.0], requires_grad=True), (True, 2.0), [torch.tensor(1.0), torch.tensor(2.0)]):
+    for fine in ([1, 2], np.array([1.0, 2.0]), torch.tensor([1.0, 2.0], requires_grad=True), (True, 2.0), torch.tensor([1.0, 2.0], dtype=torch.bfloat16), [torch.tensor(1.0), torch.tensor(2.0)]):
         assert torch.equal(check_rewards(fine, prompts), torch.tensor([1.0, 2.0]))
     for wrong in ([1.0], [[1.0], [2.0]], [1.0, 2.0, 3.0], 1.0):
         with pytest.raises(ValueError, match=r"shape \[2\]"): check_rewards(wrong, prompts)
-    for wrong in (None, ["good", "bad"], [None, 1.0], [1.0, [2.0]]):
+    for wrong in (None, [torch.tensor(1.0, requires_grad=True), torch.tensor(2.0)], ["good", "bad"], [None, 1.0], [1.0, [2.0]]):
         with pytest.raises(TypeError, match="2 numbers"): check_rewards(wrong, prompts)
     for bad in (float("nan"), float("inf"), -float("inf")):
         with pytest.raises(ValueError, match="picture 1, prompt 'an owl'"): check_rewards([0.0, bad], prompts)

@@ -134,6 +134,18 @@ def test_a_last_step_without_noise():
     assert (log_prob == 0).all() and (mean.grad == 0).all()
 
 
+def test_tables_are_made_on_the_cpu():
+    "diffusers' `add_noise` moves the scheduler's table to the samples' device; the tables do not mind."
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    class Elsewhere:
+        "Stands where `add_noise` leaves a tensor on a GPU: only a copy to the CPU can be used."
+        def __init__(self, values): self.values = values
+        def cpu(self): return self.values
+    expected = ddim_schedule(pipe.scheduler, 5, 1.0)
+    scheduler.alphas_cumprod, scheduler.final_alpha_cumprod = Elsewhere(scheduler.alphas_cumprod), Elsewhere(scheduler.final_alpha_cumprod)
+    for ours, theirs in zip(ddim_schedule(scheduler, 5, 1.0)[:4], expected[:4]): assert torch.equal(ours, theirs)
+
+
 def test_sampling_stays_on_its_device():
     "Text encoder, loop and VAE on a fake CUDA device: a tensor on the wrong one raises."
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -40,7 +40,7 @@ def test_tracker_agrees_with_a_slow_one(stream, min_count, more):
 def test_tracker_takes_anything_array_like():
     "Lists, arrays and tensors in; float32 out; the queue keeps the newest."
     expected = PerPromptStatTracker(4, 2).update(["a", "b"], [1.0, 2.0])
-    for rewards in (np.array([1, 2]), torch.tensor([1.0, 2.0], requires_grad=True), (1.0, 2.0), torch.tensor([1.0, 2.0], dtype=torch.float16)):
+    for rewards in (np.array([1, 2]), torch.tensor([1.0, 2.0], requires_grad=True), (1.0, 2.0), torch.tensor([1.0, 2.0], dtype=torch.bfloat16)):
         advantages = PerPromptStatTracker(4, 2).update(("a", "b"), rewards)
         assert advantages.dtype == np.float32 and np.array_equal(advantages, expected)
     tracker = PerPromptStatTracker(buffer_size=3, min_count=2)

@@ -9,7 +9,7 @@ import torch
 
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.rewards import JPEGCompressibility
-from ddpo_scratch.training import PRESETS, DDPOConfig, evaluate, make_config, make_prompt_fn, train, verdict
+from ddpo_scratch.training import PRESETS, DDPOConfig, evaluate, fresh_prompts, make_config, make_prompt_fn, train, verdict
 
 TINY = dict(num_epochs=2, num_samples_per_epoch=7, sample_batch_size=3, batch_size=4, num_timesteps=3)
 
@@ -26,7 +26,7 @@ def test_presets_are_the_blogs_and_its_miniature():
 
 
 def test_every_sample_is_used_once_an_inner_epoch():
-    "Uneven batches: 7 samples, sampled by 3, updated by 4, two inner epochs. The rewards identify the samples."
+    "Uneven batches: 7 samples, sampled by 3, updated by 4, two inner epochs; each with its own trajectory, log-probabilities and advantage."
     from unittest.mock import patch
 
     import ddpo_scratch.training as training
@@ -34,15 +34,16 @@ def test_every_sample_is_used_once_an_inner_epoch():
     seen, numbers = [], iter(range(1000))
     real = training.compute_loss
     def watched(xs, log_probs, advantages, *rest):
-        seen.append(([x.sum().item() for x in xs.transpose(0, 1)], rest[2]))
+        seen.append((list(zip(xs.sum((0, 2, 3, 4)).tolist(), log_probs.sum(0).tolist(), advantages.tolist())), rest[2]))
         return real(xs, log_probs, advantages, *rest)
     with patch.object(training, "compute_loss", watched):
-        train(make_config("emoji", **TINY | dict(num_epochs=1, num_inner_epochs=2)), pipe, lambda: f"animal {next(numbers)}", lambda i, p: [1.0] * len(p))
+        train(make_config("emoji", **TINY | dict(num_epochs=1, num_inner_epochs=2)), pipe, lambda: f"animal {next(numbers)}", lambda i, p: [float(x[-1]) for x in p])
     assert [len(prompts) for _, prompts in seen] == [4, 3, 4, 3]
     for inner in (seen[:2], seen[2:]):
         assert sorted(prompt for _, prompts in inner for prompt in prompts) == [f"animal {i}" for i in range(7)]
-    trajectories = [{prompt: x for xs, prompts in inner for prompt, x in zip(prompts, xs)} for inner in (seen[:2], seen[2:])]
-    assert trajectories[0] == trajectories[1] and len(set(trajectories[0].values())) == 7
+    first, second = ({prompt: x for xs, prompts in inner for prompt, x in zip(prompts, xs)} for inner in (seen[:2], seen[2:]))
+    assert first == second and all(len({values[k] for values in first.values()}) == 7 for k in range(3))
+    np.testing.assert_allclose([first[f"animal {i}"][2] for i in range(7)], (np.arange(7) - 3) / 2, rtol=1e-4)
 
 
 def test_training_repeats_and_changes_only_the_unet():
@@ -51,6 +52,7 @@ def test_training_repeats_and_changes_only_the_unet():
         pipe = load_pipeline("emoji", "cpu")
         rows = []
         history = train(make_config("emoji", **TINY | changes), pipe, make_prompt_fn("emoji_animal_prompts"), JPEGCompressibility(), rows.append)
+        assert pipe.unet.is_gradient_checkpointing == changes.get("gradient_checkpointing", False)
         assert rows == history and [row["epoch"] for row in rows] == [1, 2] and all(np.isfinite(list(row.values())).all() for row in rows)
         return pipe, torch.cat([p.detach().flatten() for p in pipe.unet.parameters()]), [row["reward_mean"] for row in rows]
     pipe, weights, rewards = run()
@@ -74,11 +76,12 @@ def test_training_raises_the_reward():
     "Five epochs of 32 samples: the mean redness of fresh pictures rises by more than half a standard deviation (seen: about 2)."
     pipe, prompt_fn = load_pipeline("emoji", "cpu"), make_prompt_fn("emoji_animal_prompts")
     config = make_config("emoji", num_epochs=5, num_samples_per_epoch=32, sample_batch_size=32, batch_size=8, num_timesteps=5)
-    prompts, _, before = evaluate(config, pipe, prompt_fn, redness)
-    assert evaluate(config, pipe, prompt_fn, redness)[0] == prompts and torch.equal(evaluate(config, pipe, prompt_fn, redness)[2], before)
+    prompts = fresh_prompts(config, prompt_fn)
+    _, before = evaluate(config, pipe, prompts, redness)
+    assert fresh_prompts(config, prompt_fn) == prompts and torch.equal(evaluate(config, pipe, prompts, redness)[1], before)
     train(config, pipe, prompt_fn, redness)
-    again, _, after = evaluate(config, pipe, prompt_fn, redness)
-    assert again == prompts and after.mean() > before.mean() + 0.5 * before.std()
+    _, after = evaluate(config, pipe, prompts, redness)
+    assert after.mean() > before.mean() + 0.5 * before.std()
 
 
 def test_verdict():
@@ -90,15 +93,18 @@ def test_verdict():
 def test_bad_configurations_and_rewards():
     "Refused when written down; a bad reward ends the run before any weight has changed."
     for name, value in (("num_epochs", 0), ("batch_size", -1), ("num_timesteps", 2.5), ("img_size", 0), ("lr", 0), ("lr", -1e-3), ("lr", float("nan")),
-                        ("eta", 0), ("clip_ratio", 0), ("cfg", -1), ("weight_decay", -1), ("seed", -1), ("min_count", 33), ("batch_size", True)):
+                        ("eta", 0), ("clip_ratio", 0), ("cfg", -1), ("weight_decay", -1), ("seed", -1), ("seed", 2**31), ("min_count", 33), ("batch_size", True)):
         with pytest.raises(ValueError, match=name): make_config("emoji", **{name: value})
     with pytest.raises(ValueError, match="'blogg'. Known: blog, emoji"): make_config("blogg")
     with pytest.raises(ValueError, match="'cats'. Known: emoji_animal_prompts, imagenet_animal_prompts"): make_prompt_fn("cats")
+    with pytest.raises(TypeError, match="reward is a name"): make_config("emoji", reward=redness)
+    with pytest.raises(TypeError, match="not a str"): train(make_config("emoji"), "emoji", lambda: "a fox", redness)
     pipe = load_pipeline("emoji", "cpu")
     before = [p.clone() for p in pipe.unet.parameters()]
     with pytest.raises(ValueError, match="multiple of 8"): train(make_config("emoji", img_size=60), pipe, lambda: "a fox", redness)
-    for reward_fn, error, match in ((lambda i, p: [0.0], ValueError, r"shape \[3\]"), (lambda i, p: None, TypeError, "3 numbers"),
-                                    (lambda i, p: [1.0, float("nan"), 1.0], ValueError, "picture 1, prompt 'a fox'")):
+    def in_the_last_batch(bad): return lambda i, p: [1.0] * 3 if len(p) == 3 else bad  # batches of 3, 3 and 1
+    for reward_fn, error, match in ((in_the_last_batch([0.0, 1.0]), ValueError, r"shape \[1\]"), (in_the_last_batch(None), TypeError, "1 numbers"),
+                                    (in_the_last_batch([float("nan")]), ValueError, "picture 0, prompt 'a fox'")):
         with pytest.raises(error, match=match): train(make_config("emoji", **TINY), pipe, lambda: "a fox", reward_fn)
     with pytest.raises(TypeError, match="not the int 1"): train(make_config("emoji", **TINY), pipe, lambda: 1, redness)
     assert all(torch.equal(p, q) for p, q in zip(before, pipe.unet.parameters()))
