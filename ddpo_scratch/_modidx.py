@@ -19,6 +19,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                           'ddpo_scratch.emoji_model.caption': ('emoji_model.html#caption', 'ddpo_scratch/emoji_model.py'),
                                           'ddpo_scratch.emoji_model.classifier_loss': ( 'emoji_model.html#classifier_loss',
                                                                                         'ddpo_scratch/emoji_model.py'),
+                                          'ddpo_scratch.emoji_model.decoder_loss': ( 'emoji_model.html#decoder_loss',
+                                                                                     'ddpo_scratch/emoji_model.py'),
                                           'ddpo_scratch.emoji_model.denoising_loss': ( 'emoji_model.html#denoising_loss',
                                                                                        'ddpo_scratch/emoji_model.py'),
                                           'ddpo_scratch.emoji_model.differences': ( 'emoji_model.html#differences',

@@ -9,7 +9,6 @@ __all__ = ['default_device', 'pipeline_source', 'load_pipeline']
 from importlib.resources import files
 from pathlib import Path
 
-import httpx
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -51,7 +50,7 @@ def load_pipeline(
     device, source = default_device(device), pipeline_source(name)
     try:
         pipe = StableDiffusionPipeline.from_pretrained(source, safety_checker=None, requires_safety_checker=False)
-    except (OSError, httpx.HTTPError) as error:
+    except OSError as error:
         raise ValueError(
             f"the pipeline {name!r} could not be loaded: {error} If the hub cannot be reached from here, "
             "give a local folder, or 'emoji', which needs no download.") from error

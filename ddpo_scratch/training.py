@@ -41,10 +41,12 @@ class DDPOConfig:
     num_timesteps: int = 50  # T, denoising steps of a picture, all of them trained
     batch_size: int = 4  # pictures of one optimiser step
     sample_batch_size: int = 32  # pictures sampled at a time; a matter of speed, memory and which noise is drawn
+    num_eval_samples: int = 128  # fresh pictures by which the model is judged before and after training
     img_size: int = 512  # height and width, pixels
     cfg: float = 5.0  # scale of classifier-free guidance, in sampling and training; at most 1: off, twice as fast
     eta: float = 1.0  # noise of a denoising step as a share of DDPM's, above 0
     lr: float = 5e-6  # learning rate of AdamW
+    anneal_lr: bool = False  # lower the learning rate in a straight line, to 0 after the last epoch
     weight_decay: float = 1e-4  # of AdamW
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
     clip_advantages: float = 10.0  # advantages are clipped to plus or minus this
@@ -63,7 +65,7 @@ class DDPOConfig:
 
 # %% ../nbs/06_training.ipynb 7
 COUNTS = ("num_samples_per_epoch", "num_epochs", "num_inner_epochs", "num_timesteps", "batch_size", "sample_batch_size",
-          "img_size", "buffer_size", "min_count")
+          "num_eval_samples", "img_size", "buffer_size", "min_count")
 POSITIVE = ("eta", "lr", "max_grad_norm", "clip_advantages", "clip_ratio")
 
 
@@ -82,8 +84,8 @@ def check_field(
         raise ValueError(f"seed must be a whole number from 0 to 2147483647, not {value!r}.")
     if name in ("pipeline", "prompts", "reward") and not isinstance(value, str):
         raise TypeError(f"{name} is a name, a string, not a {type(value).__name__}.")
-    if name == "gradient_checkpointing" and not isinstance(value, bool):
-        raise TypeError(f"gradient_checkpointing is True or False, not {value!r}.")
+    if name in ("gradient_checkpointing", "anneal_lr") and not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, not {value!r}.")
 
 # %% ../nbs/06_training.ipynb 9
 PROMPTS: dict[str, Callable[[], str]] = {fn.__name__: fn for fn in (imagenet_animal_prompts, emoji_animal_prompts)}
@@ -91,8 +93,9 @@ PROMPTS: dict[str, Callable[[], str]] = {fn.__name__: fn for fn in (imagenet_ani
 PRESETS: dict[str, DDPOConfig] = {
     "blog": DDPOConfig(),
     "emoji": DDPOConfig(
-        pipeline="emoji", prompts="emoji_animal_prompts", reward="jpeg_compressibility", img_size=64, num_timesteps=10, cfg=1.0,
-        num_epochs=12, num_samples_per_epoch=128, sample_batch_size=128, batch_size=16, lr=1e-3, clip_ratio=1e-2, gradient_checkpointing=False),
+        pipeline="emoji", prompts="emoji_animal_prompts", reward="jpeg_compressibility", img_size=64, num_timesteps=8, cfg=1.0,
+        num_epochs=32, num_eval_samples=512, sample_batch_size=128, batch_size=16, lr=4.5e-4, anneal_lr=True, clip_ratio=3e-2, buffer_size=64, min_count=64,
+        gradient_checkpointing=False),
 }
 
 
@@ -164,6 +167,7 @@ def train(
     history, bar = [], master_bar(range(config.num_epochs))
     for epoch in bar:
         start, samples = time.perf_counter(), []
+        optimizer.param_groups[0]["lr"] = config.lr * (1 - epoch / config.num_epochs if config.anneal_lr else 1)
 
         # 1. sample, and ask for rewards
         for prompts in progress_bar(train_dl, parent=bar):
@@ -200,10 +204,10 @@ def train(
 def fresh_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],
-) -> list[str]:  # as many as an epoch has samples
+) -> list[str]:  # `num_eval_samples` of them
     "Prompts to evaluate on; Python's `random` is seeded for them."
     random.seed(config.seed + 1_000_000)
-    return list(PromptDataset(prompt_fn, config.num_samples_per_epoch))
+    return list(PromptDataset(prompt_fn, config.num_eval_samples))
 
 
 def evaluate(

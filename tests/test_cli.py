@@ -28,7 +28,7 @@ def ddpo_train(folder, *flags):
 
 def test_the_command_leaves_a_whole_run():
     "All files, readable; a line an epoch; the pipeline loads with plain diffusers and is not the one that it started from."
-    flags = "--num_epochs 2 --num_samples_per_epoch 6 --sample_batch_size 4 --batch_size 4 --num_timesteps 2 --name first --seed 3".split()
+    flags = "--num_epochs 2 --num_samples_per_epoch 6 --num_eval_samples 6 --sample_batch_size 4 --batch_size 4 --num_timesteps 2 --name first --seed 3".split()
     with TemporaryDirectory() as folder:
         done = ddpo_train(folder, *flags)
         assert done.returncode == 0, done.stderr
