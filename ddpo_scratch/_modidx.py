@@ -49,6 +49,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                          'ddpo_scratch/emoji_model.py'),
                                           'ddpo_scratch.emoji_model.new_unet': ('emoji_model.html#new_unet', 'ddpo_scratch/emoji_model.py'),
                                           'ddpo_scratch.emoji_model.new_vae': ('emoji_model.html#new_vae', 'ddpo_scratch/emoji_model.py'),
+                                          'ddpo_scratch.emoji_model.picture_error': ( 'emoji_model.html#picture_error',
+                                                                                      'ddpo_scratch/emoji_model.py'),
                                           'ddpo_scratch.emoji_model.save_pipeline': ( 'emoji_model.html#save_pipeline',
                                                                                       'ddpo_scratch/emoji_model.py'),
                                           'ddpo_scratch.emoji_model.train_emoji_model': ( 'emoji_model.html#train_emoji_model',

@@ -4,7 +4,7 @@
 
 # %% auto 0
 __all__ = ['BACKGROUNDS', 'PHRASINGS', 'MAX_TOKENS', 'load_pictures', 'augment', 'caption', 'make_tokenizer', 'fit', 'new_vae',
-           'differences', 'vae_loss', 'decoder_loss', 'new_text_encoder', 'new_unet', 'new_scheduler',
+           'differences', 'picture_error', 'vae_loss', 'decoder_loss', 'new_text_encoder', 'new_unet', 'new_scheduler',
            'encode_pictures', 'encode_captions', 'denoising_loss', 'new_classifier', 'blur', 'classifier_loss',
            'animal_labels', 'load_classifier', 'name_animals', 'named_right', 'save_pipeline', 'train_emoji_model']
 
@@ -138,6 +138,14 @@ def differences(x: torch.Tensor) -> torch.Tensor:  # [B, C, H, W] → [B, everyt
     return torch.cat([x.diff(dim=2).flatten(1), x.diff(dim=3).flatten(1)], 1)
 
 
+def picture_error(
+    y: torch.Tensor,    # what the decoder made, [B, 3, H, W]
+    x: torch.Tensor,    # what it should have made, same shape
+) -> torch.Tensor:
+    "Absolute error of pixels and of their differences."
+    return (y - x).abs().mean() + (differences(y) - differences(x)).abs().mean()
+
+
 def vae_loss(
     vae: AutoencoderKL,
     pictures: torch.Tensor,      # uint8 RGBA, [N, 64, 64, 4]
@@ -145,12 +153,12 @@ def vae_loss(
     batch_size: int = 24,
     kl_weight: float = 3e-4,     # of the divergence, averaged over the latent's elements
 ) -> torch.Tensor:
-    "Absolute error of pixels and of their differences, and the divergence of the posterior from a standard normal."
+    "Error of the decoded pictures, and the divergence of the posterior from a standard normal."
     x = augment(pictures[torch.randint(len(pictures), (batch_size,), generator=generator)], generator)
     posterior = vae.encode(x).latent_dist
     y = vae.decode(posterior.sample(generator)).sample
     divergence = posterior.kl().mean() / posterior.mean[0].numel()
-    return (y - x).abs().mean() + (differences(y) - differences(x)).abs().mean() + kl_weight * divergence
+    return picture_error(y, x) + kl_weight * divergence
 
 # %% ../nbs/10_emoji_model.ipynb 19
 def decoder_loss(
@@ -161,17 +169,17 @@ def decoder_loss(
     noise: float = 0.4,          # greatest deviation of the noise, in deviations of the latents
     bare: float = 0.25,          # share of pictures that are ground and nothing else
 ) -> torch.Tensor:
-    "Absolute error of pixels and of their differences behind noisy latents, with the encoder left alone. Half of the grounds get latents without structure."
+    "Error of pictures decoded from noisy latents, with the encoder left alone. Half of the grounds get latents without structure."
+    grounds = round(bare * batch_size)
     drawings = pictures[torch.randint(len(pictures), (batch_size,), generator=generator)]
-    drawings[: round(bare * batch_size)] = 0
+    drawings[:grounds] = 0
     x = augment(drawings, generator)
     with torch.no_grad():
         latents = vae.encode(x).latent_dist.sample(generator)
-        flat = round(bare * batch_size) // 2
-        latents[:flat] = latents[:flat].mean((2, 3), keepdim=True)
+        latents[: grounds // 2] = latents[: grounds // 2].mean((2, 3), keepdim=True)
     level = noise / vae.config.scaling_factor * torch.rand(batch_size, 1, 1, 1, generator=generator)
     y = vae.decode(latents + level * torch.randn(latents.shape, generator=generator)).sample
-    return (y - x).abs().mean() + (differences(y) - differences(x)).abs().mean()
+    return picture_error(y, x)
 
 # %% ../nbs/10_emoji_model.ipynb 23
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
