@@ -28,7 +28,7 @@ def ddpo_train(folder, *flags):
 
 def test_the_command_leaves_a_whole_run():
     "All files, readable; a line an epoch; the pipeline loads with plain diffusers and is not the one that it started from."
-    flags = "--num_epochs 2 --num_samples_per_epoch 6 --num_eval_samples 6 --sample_batch_size 4 --batch_size 4 --num_timesteps 2 --name first --seed 3".split()
+    flags = "--num_epochs 2 --num_samples_per_epoch 6 --num_eval_samples 7 --sample_batch_size 4 --batch_size 4 --num_timesteps 2 --name first --seed 3".split()
     with TemporaryDirectory() as folder:
         done = ddpo_train(folder, *flags)
         assert done.returncode == 0, done.stderr
@@ -39,7 +39,7 @@ def test_the_command_leaves_a_whole_run():
         for name in ("before.png", "after.png", "reward_curve.png"): Image.open(path / name).verify()
         rows = list(csv.DictReader((path / "metrics.csv").open()))
         assert [row["epoch"] for row in rows] == ["1", "2"] and set(rows[0]) == {"epoch", "reward_mean", "reward_std", "loss", "seconds"}
-        assert len(list(csv.DictReader((path / "evaluation.csv").open()))) == 6
+        assert len(list(csv.DictReader((path / "evaluation.csv").open()))) == 7
         config = DDPOConfig(**yaml.safe_load((path / "config.yaml").read_text()))
         assert config.seed == 3 and config.num_timesteps == 2 and config.reward == PRESETS["emoji"].reward
         trained = StableDiffusionPipeline.from_pretrained(path / "pipeline")

@@ -84,6 +84,20 @@ def test_training_raises_the_reward():
     assert after.mean() > before.mean() + before.std()
 
 
+def test_learning_rate_falls_in_a_straight_line():
+    "Four epochs of one update each; without annealing the rate stays."
+    from unittest.mock import patch
+
+    real, seen = torch.optim.AdamW.step, []
+    def watched(self, *rest):
+        seen.append(self.param_groups[0]["lr"])
+        return real(self, *rest)
+    with patch.object(torch.optim.AdamW, "step", watched):
+        for anneal_lr in (True, False):
+            train(make_config("emoji", **TINY | dict(num_epochs=4, batch_size=7), lr=8e-4, anneal_lr=anneal_lr), load_pipeline("emoji", "cpu"), lambda: "a fox", redness)
+    np.testing.assert_allclose(seen, [8e-4, 6e-4, 4e-4, 2e-4] + [8e-4] * 4)
+
+
 def test_verdict():
     "The arithmetic, and a model whose pictures are all worth the same."
     assert "(+3.0 standard deviations)" in verdict(torch.tensor([-1.0, 1.0]), torch.tensor([2.0, 4.0]))
@@ -93,11 +107,12 @@ def test_verdict():
 def test_bad_configurations_and_rewards():
     "Refused when written down; a bad reward ends the run before any weight has changed."
     for name, value in (("num_epochs", 0), ("batch_size", -1), ("num_timesteps", 2.5), ("img_size", 0), ("lr", 0), ("lr", -1e-3), ("lr", float("nan")),
-                        ("eta", 0), ("clip_ratio", 0), ("cfg", -1), ("weight_decay", -1), ("seed", -1), ("seed", 2**31), ("min_count", 65), ("batch_size", True)):
+                        ("eta", 0), ("clip_ratio", 0), ("cfg", -1), ("weight_decay", -1), ("seed", -1), ("seed", 2**31), ("min_count", 65), ("num_eval_samples", 0), ("batch_size", True)):
         with pytest.raises(ValueError, match=name): make_config("emoji", **{name: value})
     with pytest.raises(ValueError, match="'blogg'. Known: blog, emoji"): make_config("blogg")
     with pytest.raises(ValueError, match="'cats'. Known: emoji_animal_prompts, imagenet_animal_prompts"): make_prompt_fn("cats")
     with pytest.raises(TypeError, match="reward is a name"): make_config("emoji", reward=redness)
+    with pytest.raises(TypeError, match="anneal_lr is True or False"): make_config("emoji", anneal_lr=1)
     with pytest.raises(TypeError, match="not a str"): train(make_config("emoji"), "emoji", lambda: "a fox", redness)
     pipe = load_pipeline("emoji", "cpu")
     before = [p.clone() for p in pipe.unet.parameters()]
