@@ -52,6 +52,7 @@ def check_loss_arguments(
     clip_ratio: float,                 # above 0
     prompts: list[str],                # B
     num_inference_steps: int,          # T
+    timestep_fraction: float,          # above 0, at most 1
 ) -> None:
     "`TypeError` or `ValueError` for what cannot belong together; says what was given and what was expected."
     for name, value in (("x_t", x_t), ("original_log_probs", original_log_probs), ("advantages", advantages)):
@@ -67,6 +68,8 @@ def check_loss_arguments(
     for name, value in (("clip_advantages", clip_advantages), ("clip_ratio", clip_ratio)):
         if not isinstance(value, numbers.Real) or not value > 0:
             raise ValueError(f"{name} must be a number above 0, not {value!r}.")
+    if not isinstance(timestep_fraction, numbers.Real) or not 0 < timestep_fraction <= 1:
+        raise ValueError(f"timestep_fraction must be above 0 and at most 1 (all steps), not {timestep_fraction!r}.")
 
 # %% ../nbs/05_loss.ipynb 17
 def compute_loss(
@@ -81,16 +84,17 @@ def compute_loss(
     guidance_scale: float,             # as when sampling
     eta: float,                        # as when sampling
     device: str | torch.device,        # where pipeline and trajectories live
-) -> float:                            # the loss: averaged over the batch, summed over the steps
+    timestep_fraction: float = 1.0,    # share of the T steps that is trained, from the noise on, at least one; 1: all
+) -> float:                            # the loss: averaged over the batch, summed over the trained steps
     "The clipped DDPO loss; adds its gradient to the `.grad` of the UNet's parameters. No optimiser step is made."
     check_policy_arguments(prompts, pipe, guidance_scale, num_inference_steps, eta)
-    check_loss_arguments(x_t, original_log_probs, advantages, clip_advantages, clip_ratio, prompts, num_inference_steps)
+    check_loss_arguments(x_t, original_log_probs, advantages, clip_advantages, clip_ratio, prompts, num_inference_steps, timestep_fraction)
     schedule = ddim_schedule(pipe.scheduler, num_inference_steps, eta).to(device)
     embeddings = encode_prompts(prompts, pipe, guidance_scale, device)
     advantages = advantages.detach().clamp(-clip_advantages, clip_advantages)
 
     total = torch.zeros((), device=device)
-    for step in range(num_inference_steps):
+    for step in range(max(1, round(num_inference_steps * timestep_fraction))):
         loss = step_loss(step, x_t, original_log_probs, advantages, clip_ratio, embeddings, pipe.unet, schedule, guidance_scale)
         loss.backward()
         total = total + loss.detach()

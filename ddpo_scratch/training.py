@@ -38,7 +38,8 @@ class DDPOConfig:
     num_samples_per_epoch: int = 128  # pictures sampled before each round of updates
     num_epochs: int = 50  # rounds of sampling and updating
     num_inner_epochs: int = 1  # passes over an epoch's samples
-    num_timesteps: int = 50  # T, denoising steps of a picture, all of them trained
+    num_timesteps: int = 50  # T, denoising steps of a picture
+    timestep_fraction: float = 1.0  # share of these steps that is trained, from the noise on, at least one; 1: all
     batch_size: int = 4  # pictures of one optimiser step
     sample_batch_size: int = 32  # pictures sampled at a time; a matter of speed, memory and which noise is drawn
     num_eval_samples: int = 128  # fresh pictures by which the model is judged before and after training
@@ -78,6 +79,8 @@ def check_field(
         raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
     if name in POSITIVE and not (isinstance(value, numbers.Real) and 0 < value < math.inf):
         raise ValueError(f"{name} must be a number above 0, not {value!r}.")
+    if name == "timestep_fraction" and not (isinstance(value, numbers.Real) and 0 < value <= 1):
+        raise ValueError(f"timestep_fraction must be above 0 and at most 1 (all steps), not {value!r}.")
     if name in ("cfg", "weight_decay") and not (isinstance(value, numbers.Real) and 0 <= value < math.inf):
         raise ValueError(f"{name} must be a number of at least 0, not {value!r}.")
     if name == "seed" and not (isinstance(value, numbers.Integral) and 0 <= value < 2**31):
@@ -93,8 +96,8 @@ PROMPTS: dict[str, Callable[[], str]] = {fn.__name__: fn for fn in (imagenet_ani
 PRESETS: dict[str, DDPOConfig] = {
     "blog": DDPOConfig(),
     "emoji": DDPOConfig(
-        pipeline="emoji", prompts="emoji_animal_prompts", reward="jpeg_compressibility", img_size=64, num_timesteps=8, cfg=1.0,
-        num_epochs=32, num_eval_samples=512, sample_batch_size=128, batch_size=16, lr=4.5e-4, anneal_lr=True, clip_ratio=3e-2, buffer_size=64, min_count=64,
+        pipeline="emoji", prompts="emoji_animal_prompts", reward="jpeg_compressibility", img_size=64, num_timesteps=5, timestep_fraction=0.6,
+        cfg=1.0, num_epochs=64, num_eval_samples=512, batch_size=16, lr=2e-4, anneal_lr=True, clip_ratio=1e-2, buffer_size=256, min_count=256,
         gradient_checkpointing=False),
 }
 
@@ -189,7 +192,7 @@ def train(
             optimizer.zero_grad()
             loss = compute_loss(
                 all_step_preds[:, batch], log_probs[:, batch], advantages[batch], config.clip_advantages, config.clip_ratio,
-                all_prompts[batch].tolist(), pipe, config.num_timesteps, config.cfg, config.eta, device)
+                all_prompts[batch].tolist(), pipe, config.num_timesteps, config.cfg, config.eta, device, config.timestep_fraction)
             torch.nn.utils.clip_grad_norm_(pipe.unet.parameters(), config.max_grad_norm)
             optimizer.step()
             losses.append(loss)

@@ -84,18 +84,20 @@ def test_gradient_against_finite_differences():
 
 
 def test_gradient_at_ratio_one_is_reinforce():
-    "−Σ A ∇log p, with torch.distributions and autograd over all steps at once."
+    "−Σ A ∇log p, with torch.distributions and autograd over all steps at once; over the first steps where only these are trained."
     pipe = tiny_pipeline()
     xs, log_probs = trajectory(pipe, 2.0)
     advantages = torch.tensor([1.0, -0.7, 0.2], dtype=torch.float64)
-    compute_loss(xs, log_probs, advantages, 10, 1e-4, PROMPTS, pipe, T, 2.0, ETA, "cpu")
-    ours = gradient(pipe)
     embeddings, schedule = encode_prompts(PROMPTS, pipe, 2.0, "cpu"), ddim_schedule(pipe.scheduler, T, ETA)
-    reinforce = sum(Normal(*step_distribution(pipe.unet, xs[i], i, embeddings, schedule, 2.0)).log_prob(xs[i + 1]).mean((1, 2, 3)) for i in range(T))
-    (-(reinforce * advantages).mean()).backward()
-    theirs = gradient(pipe)
-    assert theirs.norm() > 1e-3
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+    for fraction, steps in ((1.0, T), (0.5, 2), (0.01, 1)):
+        loss = compute_loss(xs, log_probs, advantages, 10, 1e-4, PROMPTS, pipe, T, 2.0, ETA, "cpu", fraction)
+        assert loss == pytest.approx(-0.5 / 3 * steps)
+        ours = gradient(pipe)
+        reinforce = sum(Normal(*step_distribution(pipe.unet, xs[i], i, embeddings, schedule, 2.0)).log_prob(xs[i + 1]).mean((1, 2, 3)) for i in range(steps))
+        (-(reinforce * advantages).mean()).backward()
+        theirs = gradient(pipe)
+        assert theirs.norm() > 1e-3
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
 def test_clipped_surrogate_case_by_case():
@@ -165,6 +167,8 @@ def test_bad_loss_arguments():
     refused(TypeError, "advantages must be a tensor of floats, not ndarray", advantages=torch.zeros(3).numpy())
     refused(TypeError, "not torch.int64", advantages=torch.zeros(3, dtype=torch.int64))
     refused(ValueError, "clip_ratio must be a number above 0", clip_ratio=0)
+    refused(ValueError, "timestep_fraction must be above 0 and at most 1", timestep_fraction=1.2)
+    refused(ValueError, "timestep_fraction", timestep_fraction=0)
     refused(ValueError, "clip_advantages must be a number above 0", clip_advantages=-1)
     refused(ValueError, "deterministic", eta=0)
     refused(ValueError, "at least one prompt", prompts=[])

@@ -19,7 +19,7 @@ def test_presets_are_the_blogs_and_its_miniature():
     blog = dict(num_samples_per_epoch=128, num_epochs=50, num_inner_epochs=1, num_timesteps=50, batch_size=4, img_size=512, lr=5e-6,
                 clip_advantages=10.0, clip_ratio=1e-4, cfg=5.0, eta=1.0, weight_decay=1e-4, max_grad_norm=1.0, buffer_size=32, min_count=16,
                 sample_batch_size=32, pipeline="CompVis/stable-diffusion-v1-4", reward="aesthetic", prompts="imagenet_animal_prompts",
-                gradient_checkpointing=True, anneal_lr=False, num_eval_samples=128)
+                gradient_checkpointing=True, anneal_lr=False, num_eval_samples=128, timestep_fraction=1.0)
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(DDPOConfig)} - set(blog) == {"seed", "device"}
     assert PRESETS["emoji"].pipeline == "emoji"
@@ -107,7 +107,7 @@ def test_verdict():
 def test_bad_configurations_and_rewards():
     "Refused when written down; a bad reward ends the run before any weight has changed."
     for name, value in (("num_epochs", 0), ("batch_size", -1), ("num_timesteps", 2.5), ("img_size", 0), ("lr", 0), ("lr", -1e-3), ("lr", float("nan")),
-                        ("eta", 0), ("clip_ratio", 0), ("cfg", -1), ("weight_decay", -1), ("seed", -1), ("seed", 2**31), ("min_count", 65), ("num_eval_samples", 0), ("batch_size", True)):
+                        ("eta", 0), ("clip_ratio", 0), ("cfg", -1), ("weight_decay", -1), ("seed", -1), ("seed", 2**31), ("min_count", 257), ("num_eval_samples", 0), ("batch_size", True), ("timestep_fraction", 0), ("timestep_fraction", 1.1)):
         with pytest.raises(ValueError, match=name): make_config("emoji", **{name: value})
     with pytest.raises(ValueError, match="'blogg'. Known: blog, emoji"): make_config("blogg")
     with pytest.raises(ValueError, match="'cats'. Known: emoji_animal_prompts, imagenet_animal_prompts"): make_prompt_fn("cats")
