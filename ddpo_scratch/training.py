@@ -97,7 +97,7 @@ PRESETS: dict[str, DDPOConfig] = {
     "blog": DDPOConfig(),
     "emoji": DDPOConfig(
         pipeline="emoji", prompts="emoji_animal_prompts", reward="jpeg_compressibility", img_size=64, num_timesteps=5, timestep_fraction=0.6,
-        cfg=1.0, num_epochs=64, num_eval_samples=512, batch_size=16, lr=2e-4, anneal_lr=True, clip_ratio=1e-2, buffer_size=256, min_count=256,
+        cfg=4.0, num_epochs=48, num_eval_samples=512, batch_size=16, lr=3e-4, anneal_lr=True, clip_ratio=1e-2, buffer_size=256, min_count=256,
         gradient_checkpointing=False),
 }
 
