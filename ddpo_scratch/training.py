@@ -96,8 +96,8 @@ PROMPTS: dict[str, Callable[[], str]] = {fn.__name__: fn for fn in (imagenet_ani
 PRESETS: dict[str, DDPOConfig] = {
     "blog": DDPOConfig(),
     "emoji": DDPOConfig(
-        pipeline="emoji", prompts="emoji_animal_prompts", reward="jpeg_compressibility", img_size=64, num_timesteps=5, timestep_fraction=0.6,
-        cfg=4.0, num_epochs=48, num_eval_samples=512, batch_size=16, lr=3e-4, anneal_lr=True, clip_ratio=1e-2, buffer_size=256, min_count=256,
+        pipeline="emoji", prompts="emoji_animal_prompts", reward="jpeg_compressibility", img_size=64, num_timesteps=8, timestep_fraction=0.75,
+        cfg=3.0, num_epochs=29, num_eval_samples=512, batch_size=16, lr=3e-4, anneal_lr=True, clip_ratio=1e-2, buffer_size=256, min_count=256,
         gradient_checkpointing=False),
 }
 
