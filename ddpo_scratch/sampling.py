@@ -4,14 +4,17 @@
 
 # %% auto 0
 __all__ = ['predict_noise', 'encode_prompts', 'decoding_fn', 'Schedule', 'ddim_schedule', 'step_distribution',
-           'calculate_log_probs', 'check_policy_arguments', 'check_size', 'sd_sample']
+           'calculate_log_probs', 'sd_sample']
 
 # %% ../nbs/02_sampling.ipynb 3
+import logging
 import math
 import numbers
 import warnings
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -22,81 +25,154 @@ from diffusers.utils.torch_utils import randn_tensor
 def predict_noise(
     unet: UNet2DConditionModel,
     x_t: torch.Tensor,         # latents at step t, [B, C, h, w]
-    t: torch.Tensor,           # timestep of the training schedule, 0-dimensional, on the latents' device
-    embeddings: torch.Tensor,  # token vectors, [B, L, D]; with guidance [2B, L, D], those of the empty prompt first
+    t: torch.Tensor,           # timestep of the training schedule, 0-dimensional, on their device
+    embeddings: torch.Tensor,  # token vectors, [B, L, D]; guided [2B, L, D], empty prompt first
     guidance_scale: float,     # w; at most 1: no guidance, one row a sample
 ) -> torch.Tensor:             # the UNet's (guided) output, [B, C, h, w]
-    "Classifier-free guidance (Ho & Salimans 2022, eq. 6, with w counted from 1 as in Imagen), both halves in one call."
+    """Classifier-free guidance, both halves in one call.
+
+    Ho & Salimans 2022, eq. 6, with w counted from 1 as in Imagen."""
     if guidance_scale <= 1:
         return unet(x_t, t, encoder_hidden_states=embeddings).sample
-    without, given = unet(torch.cat([x_t, x_t]), t, encoder_hidden_states=embeddings).sample.chunk(2)
+    rows = unet(torch.cat([x_t, x_t]), t, encoder_hidden_states=embeddings).sample
+    without, given = rows.chunk(2)
     return without + guidance_scale * (given - without)
 
 # %% ../nbs/02_sampling.ipynb 11
-def encode_prompts(
-    prompts: list[str],             # B prompts
+_told_of_long_prompts = WeakSet()  # tokenizers
+
+
+@contextmanager
+def quiet_loggers(
+    *names: str,
+):
+    "Only errors from these loggers, for a while."
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers: logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels): logger.setLevel(level)
+
+# %% ../nbs/02_sampling.ipynb 12
+def tell_of_long_prompts(
+    prompts: list[str],
     pipe: StableDiffusionPipeline,
-    guidance_scale: float,          # above 1: the empty prompt's vectors are put before the prompts'
+) -> None:
+    "Warn, once for each tokenizer, of a prompt that is longer than the text encoder reads."
+    limit = pipe.tokenizer.model_max_length
+    lengths = [len(ids) for ids in pipe.tokenizer(prompts).input_ids]
+    if max(lengths) > limit and pipe.tokenizer not in _told_of_long_prompts:
+        _told_of_long_prompts.add(pipe.tokenizer)
+        longest = prompts[np.argmax(lengths)]
+        warnings.warn(f"the text encoder reads {limit} tokens of a prompt and ignores the rest; "
+                      f"{longest[:40]!r}… has {max(lengths)}. (Said once.)", stacklevel=3)
+
+# %% ../nbs/02_sampling.ipynb 13
+def encode_prompts(
+    prompts: list[str],     # B prompts
+    pipe: StableDiffusionPipeline,
+    guidance_scale: float,  # above 1: the empty prompt's vectors are put before the prompts'
     device: str | torch.device,
-) -> torch.Tensor:                  # [B, L, D], or [2B, L, D] with guidance
+) -> torch.Tensor:          # [B, L, D], or [2B, L, D] with guidance
     "Token vectors in the form that `predict_noise` takes."
-    guided = guidance_scale > 1
-    with torch.no_grad():
-        given, without = pipe.encode_prompt(list(prompts), device, 1, guided)
+    prompts, guided = list(prompts), guidance_scale > 1
+    libraries = (type(pipe).encode_prompt.__module__, "transformers.tokenization_utils_base")
+    with torch.no_grad(), quiet_loggers(*libraries):
+        tell_of_long_prompts(prompts, pipe)
+        given, without = pipe.encode_prompt(prompts, device, 1, guided)
     return torch.cat([without, given]) if guided else given
 
-# %% ../nbs/02_sampling.ipynb 15
+# %% ../nbs/02_sampling.ipynb 17
 @torch.no_grad()
 def decoding_fn(
     latents: torch.Tensor,          # clean latents x_0, [B, C, h, w]
     pipe: StableDiffusionPipeline,  # its VAE decodes, on its own device
 ) -> np.ndarray:                    # pictures, uint8, [B, H, W, 3]
-    "Latents to pictures. Rounding happens on the device, so that one byte a value is copied instead of four."
+    """Latents to pictures. `ValueError` if a pixel is NaN or infinite.
+
+    Rounding happens on the device, so that one byte a value is copied instead of four."""
     images = pipe.vae.decode(latents.to(pipe.vae.device) / pipe.vae.config.scaling_factor).sample
+    finite = images.isfinite().flatten(1).all(1)
     images = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    if not finite.all():
+        raise ValueError(
+            f"pictures {(~finite).nonzero().flatten().tolist()} of the batch have pixels that are "
+            "NaN or infinite. If their latents are finite, the VAE overflows: keep it in float32.")
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
-# %% ../nbs/02_sampling.ipynb 18
+# %% ../nbs/02_sampling.ipynb 20
 class Schedule(NamedTuple):
-    "What one walk of T denoising steps needs of the scheduler; row i belongs to the i-th step, from noise to picture."
-    timesteps: torch.Tensor       # t, int64, [T]
-    alpha: torch.Tensor           # ᾱ_t, [T]
-    alpha_prev: torch.Tensor      # ᾱ of the timestep that step i leads to, [T]
-    std: torch.Tensor             # σ_t, [T]
-    prediction_type: str          # what the UNet predicts: "epsilon", "v_prediction" or "sample"
-    clip_range: float | None      # x̂_0 is clipped to ± this; None: it is not
+    "One walk of T denoising steps in numbers; row i is the i-th step, from noise to picture."
+    timesteps: torch.Tensor   # t, int64, [T]
+    signal: torch.Tensor      # √ᾱ_t, how much of x_0 is in x_t, [T]
+    noise: torch.Tensor       # √(1 − ᾱ_t), how much noise is, [T]
+    x_0_weight: torch.Tensor  # √ᾱ_t', the weight of x̂_0 in the mean, [T]
+    noise_weight: torch.Tensor  # √(1 − ᾱ_t' − σ_t²), the weight of ε̂ in the mean, [T]
+    std: torch.Tensor         # σ_t, [T]
+    prediction_type: str      # what the UNet predicts: "epsilon", "v_prediction" or "sample"
+    clip_range: float | None  # x̂_0 is clipped to ± this; None: it is not
 
     def to(self, device: str | torch.device) -> "Schedule":
         "The same tables on `device`."
-        return Schedule(*(value.to(device) if torch.is_tensor(value) else value for value in self))
+        return Schedule(*(x.to(device) if torch.is_tensor(x) else x for x in self))
 
-# %% ../nbs/02_sampling.ipynb 20
+# %% ../nbs/02_sampling.ipynb 22
+def walk_timesteps(
+    scheduler: DDIMScheduler,
+    num_inference_steps: int,  # T
+) -> torch.Tensor:             # t, int64, falling, [T]
+    "The timesteps of T steps. `ValueError` where the scheduler's spacing has none for so many."
+    scheduler.set_timesteps(num_inference_steps)
+    t = scheduler.timesteps[:num_inference_steps]  # rounding can add one at -1 to trailing steps
+    if t.max() >= scheduler.config.num_train_timesteps:
+        raise ValueError(f"{num_inference_steps} steps reach beyond the scheduler's "
+                         f"{scheduler.config.num_train_timesteps} training steps. Ask for fewer.")
+    return t
+
+
+def check_prediction(
+    prediction_type: str,  # of the scheduler's configuration
+    alpha: torch.Tensor,   # ᾱ_t of the walk, [T]
+) -> None:
+    "`ValueError` for a prediction that says nothing about x_0."
+    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"prediction_type {prediction_type!r} is not that of a diffusion model: "
+                         "'epsilon', 'v_prediction' and 'sample' are.")
+    if prediction_type == "epsilon" and (alpha == 0).any():
+        raise ValueError(
+            "the walk starts at pure noise (ᾱ = 0, rescale_betas_zero_snr), where a predicted "
+            "noise says nothing about x_0. Such models predict the velocity: set "
+            "prediction_type='v_prediction' if this one does, else rescale_betas_zero_snr=False.")
+
+# %% ../nbs/02_sampling.ipynb 23
 @lru_cache(maxsize=16)
 def ddim_schedule(
     scheduler: DDIMScheduler,  # its configuration is taken as it is
     num_inference_steps: int,  # T, 1 … the scheduler's training steps
     eta: float,                # η > 0; 1 adds as much noise as DDPM
-) -> Schedule:                 # on the CPU
-    "The tables of T DDIM steps (Song et al. 2020, eq. 16); made once for each scheduler object, T and η."
-    scheduler.set_timesteps(num_inference_steps)
-    alphas = scheduler.alphas_cumprod.cpu().double()
-    t = scheduler.timesteps
-    before = t - scheduler.config.num_train_timesteps // num_inference_steps
-    if t.max() >= len(alphas):
-        raise ValueError(f"{num_inference_steps} steps reach beyond the scheduler's {len(alphas)} training steps. Ask for fewer.")
-    alpha = alphas[t]
-    alpha_prev = torch.where(before >= 0, alphas[before.clamp(min=0)], scheduler.final_alpha_cumprod.cpu().double())
-    std = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)).sqrt()
-    if (1 - alpha_prev - std**2 < 0).any():
-        highest = (eta * (1 - alpha_prev).sqrt() / std)[std > 0].min().item()
-        raise ValueError(f"eta = {eta} asks for more noise than there is at {num_inference_steps} steps. At most {highest:.4f} works.")
+) -> Schedule:                 # float32, on the CPU
+    "The tables of T DDIM steps (Song et al. 2020, eq. 12 and 16), made once for each scheduler."
+    t = walk_timesteps(scheduler, num_inference_steps)
+    alpha = scheduler.alphas_cumprod.cpu().double()[t]
+    alpha_next = torch.cat([alpha[1:], scheduler.final_alpha_cumprod.cpu().double().view(1)])
+    check_prediction(scheduler.config.prediction_type, alpha)
+    share = eta**2 * (1 - alpha / alpha_next) / (1 - alpha)  # σ² as a share of 1 − ᾱ_t'
+    share[alpha_next == 1] = 0
+    if (share > 1).any():
+        raise ValueError(f"eta = {eta} asks for more noise than there is at {num_inference_steps} "
+                         f"steps. At most {eta / share.max().sqrt().item():.4f} works.")
+    std = ((1 - alpha_next) * share).sqrt()
     if (std == 0).any():
-        warnings.warn(f"the step at t = {t[std == 0].tolist()} has no noise (set_alpha_to_one): it is deterministic, "
+        warnings.warn(f"the step at t = {t[std == 0].tolist()} has no noise: it is deterministic, "
                       "has no gradient, and is left out of the policy.", stacklevel=2)
+    tables = (alpha.sqrt(), (1 - alpha).sqrt(), alpha_next.sqrt(),
+              ((1 - alpha_next) * (1 - share)).sqrt(), std)
     clip_range = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
-    return Schedule(t, alpha.float(), alpha_prev.float(), std.float(), scheduler.config.prediction_type, clip_range)
+    return Schedule(t, *(x.float() for x in tables), scheduler.config.prediction_type, clip_range)
 
-# %% ../nbs/02_sampling.ipynb 23
+# %% ../nbs/02_sampling.ipynb 26
 def step_distribution(
     unet: UNet2DConditionModel,
     x_t: torch.Tensor,         # the state's latents, [B, C, h, w]
@@ -104,10 +180,11 @@ def step_distribution(
     embeddings: torch.Tensor,  # from `encode_prompts`
     schedule: Schedule,        # on the latents' device
     guidance_scale: float,     # w; at most 1: no guidance
-) -> tuple[torch.Tensor, torch.Tensor]:  # mean [B, C, h, w] and standard deviation (0-dimensional) of x_{t-1}
-    "The policy π(x_{t-1} | x_t, c): one DDIM step (Song et al. 2020, eq. 12). No value is read back from the device."
-    alpha, alpha_prev, std = schedule.alpha[step], schedule.alpha_prev[step], schedule.std[step]
-    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+) -> tuple[torch.Tensor, torch.Tensor]:  # mean [B, C, h, w] and deviation [] of x_{t-1}
+    """The policy π(x_{t-1} | x_t, c): one DDIM step (Song et al. 2020, eq. 12).
+
+    No value is read back from the device."""
+    signal, noise = schedule.signal[step], schedule.noise[step]
     output = predict_noise(unet, x_t, schedule.timesteps[step], embeddings, guidance_scale)
     if schedule.prediction_type == "epsilon":
         x_0, epsilon = (x_t - noise * output) / signal, output
@@ -117,9 +194,10 @@ def step_distribution(
         x_0, epsilon = output, (x_t - signal * output) / noise
     if schedule.clip_range is not None:
         x_0 = x_0.clamp(-schedule.clip_range, schedule.clip_range)
-    return alpha_prev.sqrt() * x_0 + (1 - alpha_prev - std**2).sqrt() * epsilon, std
+    mean = schedule.x_0_weight[step] * x_0 + schedule.noise_weight[step] * epsilon
+    return mean, schedule.std[step]
 
-# %% ../nbs/02_sampling.ipynb 25
+# %% ../nbs/02_sampling.ipynb 28
 def calculate_log_probs(
     prev_sample: torch.Tensor,       # x_{t-1}, the action that was taken, [B, C, h, w]
     prev_sample_mean: torch.Tensor,  # μ, the policy's mean, same shape
@@ -127,10 +205,38 @@ def calculate_log_probs(
 ) -> torch.Tensor:                   # log-density of each element, nats, [B, C, h, w]
     "Gaussian log-density per element. Where σ is 0 there was no choice, and it is 0."
     std = torch.where(std_dev_t > 0, std_dev_t, torch.ones_like(std_dev_t))
-    log_probs = -0.5 * ((prev_sample.detach() - prev_sample_mean) / std) ** 2 - std.log() - 0.5 * math.log(2 * math.pi)
+    z = (prev_sample.detach() - prev_sample_mean) / std
+    log_probs = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
     return torch.where(std_dev_t > 0, log_probs, torch.zeros_like(log_probs))
 
-# %% ../nbs/02_sampling.ipynb 27
+# %% ../nbs/02_sampling.ipynb 30
+def check_pipe(
+    pipe: StableDiffusionPipeline,
+) -> None:
+    "`TypeError` or `ValueError` for a pipeline whose steps are not the policy of this chapter."
+    if not isinstance(pipe, StableDiffusionPipeline):
+        raise TypeError("pipe must be a StableDiffusionPipeline, as load_pipeline gives it, "
+                        f"not a {type(pipe).__name__}.")
+    if not isinstance(pipe.scheduler, DDIMScheduler):
+        raise TypeError(f"the pipeline's scheduler is a {type(pipe.scheduler).__name__}; the "
+                        "policy is DDIM's step. Use load_pipeline, or set "
+                        "pipe.scheduler = ddim_scheduler(pipe.scheduler.config).")
+    if pipe.scheduler.config.thresholding:
+        raise ValueError("the scheduler thresholds x_0 dynamically, which is not a latent model's; "
+                         "set thresholding=False.")
+    takes, gives = pipe.unet.config.in_channels, pipe.unet.config.out_channels
+    latent = pipe.vae.config.latent_channels
+    if not takes == gives == latent:
+        raise ValueError(f"the UNet takes {takes} channels and gives {gives}, where the VAE's "
+                         f"latents have {latent}: all must be the same. (Models for inpainting "
+                         "take nine, those that edit pictures eight; a prompt is not enough.)")
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+    kinds = sorted({str(part.dtype).removeprefix("torch.") for part in parts})
+    if len(kinds) > 1:
+        raise ValueError(f"UNet, VAE and text encoder are of different types ({', '.join(kinds)}); "
+                         "make them one, with pipe.to(torch.float32).")
+
+
 def check_policy_arguments(
     prompts: list[str],             # at least one, all strings
     pipe: StableDiffusionPipeline,  # with a DDIM scheduler
@@ -138,65 +244,86 @@ def check_policy_arguments(
     num_inference_steps: int,       # at least 1
     eta: float,                     # above 0
 ) -> None:
-    "`TypeError` or `ValueError` where `sd_sample` or `compute_loss` could not work; says what was given and what to do."
-    if not isinstance(pipe, StableDiffusionPipeline):
-        raise TypeError(f"pipe must be a StableDiffusionPipeline, as load_pipeline gives it, not a {type(pipe).__name__}.")
-    if not isinstance(pipe.scheduler, DDIMScheduler):
-        raise TypeError(f"the pipeline's scheduler is a {type(pipe.scheduler).__name__}; the policy is DDIM's step. "
-                        "Use load_pipeline, or set pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config).")
-    if pipe.scheduler.config.thresholding:
-        raise ValueError("the scheduler thresholds x_0 dynamically, which is not a latent model's; set thresholding=False.")
+    "`TypeError` or `ValueError` where `sd_sample` or `compute_loss` could not work."
+    check_pipe(pipe)
     if isinstance(prompts, str) or not isinstance(prompts, (list, tuple, np.ndarray)):
         raise TypeError(f"prompts must be a list of strings, not a {type(prompts).__name__}.")
     if len(prompts) == 0:
         raise ValueError("prompts is empty: give at least one prompt.")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise TypeError(f"prompt {index} is a {type(prompt).__name__} ({prompt!r}), not a string.")
+            raise TypeError(f"prompt {index} is a {type(prompt).__name__} ({prompt!r}), "
+                            "not a string.")
     if not isinstance(num_inference_steps, numbers.Integral) or num_inference_steps < 1:
-        raise ValueError(f"num_inference_steps must be a whole number of at least 1, not {num_inference_steps!r}.")
+        raise ValueError("num_inference_steps must be a whole number of at least 1, "
+                         f"not {num_inference_steps!r}.")
     if not isinstance(eta, numbers.Real) or not 0 < eta < math.inf:
-        raise ValueError(f"eta must be above 0, not {eta!r}: without noise a step is deterministic, and there is no policy to train.")
+        raise ValueError(f"eta must be above 0, not {eta!r}: without noise a step is "
+                         "deterministic, and there is no policy to train.")
     if not isinstance(guidance_scale, numbers.Real) or not math.isfinite(guidance_scale):
-        raise ValueError(f"guidance_scale must be a finite number (at most 1: no guidance), not {guidance_scale!r}.")
+        raise ValueError("guidance_scale must be a finite number (at most 1: no guidance), "
+                         f"not {guidance_scale!r}.")
 
-# %% ../nbs/02_sampling.ipynb 28
+# %% ../nbs/02_sampling.ipynb 31
 def check_size(
     pipe: StableDiffusionPipeline,
-    height: int,  # pixels
-    width: int,   # pixels
+    **sides: int,  # pixels by name, such as height=512
 ) -> None:
     "`ValueError` for a picture size that is no multiple of the VAE's down-sampling factor."
     factor = pipe.vae_scale_factor
-    for side, pixels in (("height", height), ("width", width)):
+    for side, pixels in sides.items():
         if not isinstance(pixels, numbers.Integral) or pixels < factor or pixels % factor:
-            raise ValueError(f"{side} must be a positive multiple of {factor} pixels, the VAE's factor, not {pixels!r}.")
+            raise ValueError(f"{side} must be a positive multiple of {factor} pixels, the VAE's "
+                             f"factor, not {pixels!r}.")
 
-# %% ../nbs/02_sampling.ipynb 30
+# %% ../nbs/02_sampling.ipynb 33
 @torch.no_grad()
 def sd_sample(
-    prompts: list[str],                   # B prompts
-    pipe: StableDiffusionPipeline,        # as `load_pipeline` gives it
-    height: int,                          # of the picture, pixels, a multiple of the VAE's factor
-    width: int,                           # likewise
-    guidance_scale: float,                # w of classifier-free guidance; at most 1: none, one UNet call a step on B rows
-    num_inference_steps: int,             # T
-    eta: float,                           # η > 0, the noise of a step as a share of DDPM's
-    device: str | torch.device,           # where the pipeline lives
-    generator: torch.Generator | None = None,  # where the noise comes from; None: torch's global one
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # latents x_0 [B, C, h, w], all_step_preds [T+1, B, C, h, w] from x_T to x_0, log_probs [T, B]
-    "Sample pictures' latents together with the trajectory that led to them and the log-probability of its steps."
+    prompts: list[str],             # B prompts
+    pipe: StableDiffusionPipeline,  # as `load_pipeline` gives it
+    height: int,                    # of the picture, pixels, a multiple of the VAE's factor
+    width: int,                     # likewise
+    guidance_scale: float,          # w of classifier-free guidance; at most 1: none, half the work
+    num_inference_steps: int,       # T
+    eta: float,                     # η > 0, the noise of a step as a share of DDPM's
+    device: str | torch.device,     # where the pipeline lives
+    generator: torch.Generator | list[torch.Generator] | None = None,  # one, or B; None: torch's
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # latents, all_step_preds, log_probs
+    """Sample pictures' latents, with the trajectory that led to them and its log-probabilities.
+
+    Latents x_0 are [B, C, h, w]; all_step_preds, from x_T to x_0, [T+1, B, C, h, w];
+    log_probs, averaged over a latent's elements, [T, B]."""
     check_policy_arguments(prompts, pipe, guidance_scale, num_inference_steps, eta)
-    check_size(pipe, height, width)
+    check_size(pipe, height=height, width=width)
+    if isinstance(generator, list) and len(generator) != len(prompts):
+        raise ValueError(f"{len(generator)} generators came with {len(prompts)} prompts: give one "
+                         "for each, or a single one outside a list.")
     schedule = ddim_schedule(pipe.scheduler, num_inference_steps, eta).to(device)
     embeddings = encode_prompts(prompts, pipe, guidance_scale, device)
-    shape = (len(prompts), pipe.unet.config.in_channels, height // pipe.vae_scale_factor, width // pipe.vae_scale_factor)
-    latents = randn_tensor(shape, generator=generator, device=torch.device(device), dtype=embeddings.dtype)
+    factor = pipe.vae_scale_factor
+    shape = (len(prompts), pipe.unet.config.in_channels, height // factor, width // factor)
+    def draw(): return randn_tensor(shape, generator, torch.device(device), embeddings.dtype)
 
+    latents = draw()
     all_step_preds, log_probs = [latents], []
     for step in range(num_inference_steps):
-        mean, std = step_distribution(pipe.unet, latents, step, embeddings, schedule, guidance_scale)
-        latents = mean + std * randn_tensor(shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        mean, std = step_distribution(
+            pipe.unet, latents, step, embeddings, schedule, guidance_scale)
+        latents = mean + std * draw()
         all_step_preds.append(latents)
         log_probs.append(calculate_log_probs(latents, mean, std).flatten(1).mean(1))
     return latents, torch.stack(all_step_preds), torch.stack(log_probs)
+
+# %% ../nbs/02_sampling.ipynb 40
+def check_finite(
+    all_step_preds: torch.Tensor,  # trajectories, [T+1, B, C, h, w]
+    prompts: list[str],            # B
+) -> None:
+    "`ValueError` with the first step and prompt whose latents are NaN or infinite."
+    broken = ~all_step_preds.isfinite().flatten(2).all(2)
+    if broken.any():
+        step, sample = broken.nonzero()[0].tolist()
+        raise ValueError(
+            f"the latents of picture {sample}, prompt {prompts[sample]!r}, are NaN or infinite "
+            f"from step {step} of {len(broken) - 1} on. Usual causes: weights ruined by too "
+            "large a learning rate, a damaged checkpoint, half precision.")

@@ -15,36 +15,54 @@ import numpy as np
 from .rewards import to_array
 
 # %% ../nbs/04_stat_tracker.ipynb 4
+def standardise(
+    rewards: np.ndarray,  # float64, [B]
+    usual: np.ndarray,    # what they are measured against, float64, at least one
+) -> np.ndarray:          # float64, [B]; zeros where all that is usual is equal
+    "(r − mean) / deviation, in a unit of the spread's own, so that no scale rounds it away."
+    offset, spread = usual[0], np.abs(usual - usual[0]).max()
+    if spread == 0:
+        return np.zeros_like(rewards)
+    rewards, usual = (rewards - offset) / spread, (usual - offset) / spread
+    return (rewards - usual.mean()) / usual.std()
+
+# %% ../nbs/04_stat_tracker.ipynb 5
 class PerPromptStatTracker:
-    "Turns rewards into advantages with a running mean and deviation for every prompt (Black et al. 2023)."
+    "Rewards to advantages, with a running mean and deviation for every prompt (Black et al. 2023)."
 
     def __init__(
         self,
         buffer_size: int,  # how many of a prompt's latest rewards are kept
-        min_count: int,    # from how many on they are used; below, the whole batch's statistics are; at most buffer_size
+        min_count: int,    # from how many on they are used; below, the batch's; at most buffer_size
     ):
         for name, value in (("buffer_size", buffer_size), ("min_count", min_count)):
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
         if min_count > buffer_size:
-            raise ValueError(f"min_count {min_count} can never be reached in a buffer of {buffer_size}: make it at most that.")
+            raise ValueError(f"min_count {min_count} can never be reached in a buffer of "
+                             f"{buffer_size}: make it at most that.")
         self.buffer_size, self.min_count = buffer_size, min_count
         self.stats: dict[str, deque] = {}
 
     def update(
         self,
         prompts: Sequence[str],  # B prompts, in any order, repeated or not
-        rewards,                 # their B rewards: list, array or tensor
+        rewards,                 # their B rewards: list, array or tensor, finite
     ) -> np.ndarray:             # advantages, float32, [B]
-        "Take in a batch of rewards and return their advantages. `ValueError` where the two do not match."
+        "Take in a batch of rewards, return their advantages. `ValueError` if the two do not match."
         prompts, rewards = np.asarray(prompts), to_array(rewards).astype(np.float64)
         if prompts.ndim != 1 or rewards.shape != prompts.shape:
-            raise ValueError(f"one reward for each prompt, please: {list(prompts.shape)} prompts came with {list(rewards.shape)} rewards.")
+            raise ValueError(f"one reward for each prompt, please: {list(prompts.shape)} prompts "
+                             f"came with {list(rewards.shape)} rewards.")
+        if not np.isfinite(rewards).all():
+            first = np.flatnonzero(~np.isfinite(rewards))[0]
+            raise ValueError(f"reward {first}, of prompt {str(prompts[first])!r}, is "
+                             f"{rewards[first]}. Rewards must be finite.")
         advantages = np.empty(len(rewards), np.float32)
         for prompt in np.unique(prompts):
             mine = prompts == prompt
             queue = self.stats.setdefault(str(prompt), deque(maxlen=self.buffer_size))
             queue.extend(rewards[mine].tolist())
             usual = np.array(queue) if len(queue) >= self.min_count else rewards
-            advantages[mine] = (rewards[mine] - usual.mean()) / (usual.std() + 1e-6)
+            advantages[mine] = standardise(rewards[mine], usual)
         return advantages
