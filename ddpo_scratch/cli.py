@@ -30,7 +30,15 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 
 from .pipelines import load_pipeline, pipeline_source
-from .rewards import REWARDS, check_reward_fn, check_reward_name, make_reward
+from .prompts import emoji_animals, emoji_prompts
+from ddpo_scratch.rewards import (
+    REWARDS,
+    check_reward_fn,
+    check_reward_name,
+    load_judge,
+    make_reward,
+    share_right,
+)
 from ddpo_scratch.training import (
     PRESETS,
     PROMPTS,
@@ -120,6 +128,24 @@ def image_grid(
     return figure
 
 
+def progress_strip(
+    columns: list[np.ndarray],  # pictures uint8 [R, H, W, 3], once for every look at the policy
+    titles: list[str],          # of the columns
+    labels: list[str],          # of the R rows
+) -> Figure:
+    "Pictures that change from left to right, a row for each prompt."
+    figure = Figure(figsize=(1.05 * len(columns) + 0.4, 1.1 * len(labels)), layout="constrained")
+    axes = figure.subplots(len(labels), len(columns), squeeze=False)
+    for column, images in enumerate(columns):
+        for ax, image in zip(axes[:, column], images):
+            ax.imshow(image)
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        axes[0, column].set_title(titles[column], fontsize=8)
+    for ax, label in zip(axes[:, 0], labels): ax.set_ylabel(label[:20], fontsize=8)
+    return figure
+
+
 def save_pictures(
     path: Path,
     prompts: list[str],
@@ -175,7 +201,8 @@ def what_ran(
     return replace(
         config,
         pipeline="emoji" if source == pipeline_source("emoji") else str(source),
-        prompts=next((name for name, fn in PROMPTS.items() if fn is prompt_fn), called(prompt_fn)),
+        prompts=next((name for name, fn in PROMPTS.items() if fn is prompt_fn),
+                     str(getattr(prompt_fn, "path", called(prompt_fn)))),
         reward=next((name for name, cls in REWARDS.items() if type(reward_fn) is cls),
                     called(reward_fn)),
         device=str(pipe.device))
@@ -215,6 +242,46 @@ def kept(
     return f"{folder} keeps {', '.join(names)}; the fine-tuned weights are not saved."
 
 # %% ../nbs/08_cli.ipynb 14
+class Progress:
+    "The first six different prompts, drawn from the same noise before training and on the way."
+
+    def __init__(
+        self,
+        config: DDPOConfig,
+        pipe: StableDiffusionPipeline,
+        prompts: list[str],
+        path: Path,             # of the picture
+        looks: int = 8,         # columns beside the first, about
+    ):
+        self.config, self.pipe, self.path = config, pipe, path
+        self.prompts = list(dict.fromkeys(prompts))[:6]
+        self.every = -(-config.num_epochs // looks)
+        self.columns, self.titles = [], []
+        self.look("before")
+
+    def look(self, title: str) -> None:
+        images, _ = evaluate(self.config, self.pipe, self.prompts, lambda i, p: np.zeros(len(p)))
+        self.columns.append(images)
+        self.titles.append(title)
+        strip = progress_strip(self.columns, self.titles, self.prompts)
+        write_file(self.path, png_bytes(strip))
+
+    def after(self, epoch: int) -> None:
+        if epoch % self.every == 0 or epoch == self.config.num_epochs:
+            self.look(f"epoch {epoch}")
+
+
+def judged(
+    images: np.ndarray,
+    prompts: list[str],
+) -> str:                # such as "35%"; "" where the judge cannot say
+    "Share of right animals: of pictures of the embedded model's size, if every prompt names one."
+    known = set(emoji_prompts()) | set(emoji_animals())
+    if images.shape[1:3] != (64, 64) or not known.issuperset(prompts):
+        return ""
+    return f"{share_right(images, prompts, load_judge()):.0%}"
+
+# %% ../nbs/08_cli.ipynb 15
 def run_training(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,     # its UNet is trained in place
@@ -231,6 +298,8 @@ def run_training(
         prompts = fresh_prompts(config, prompt_fn)
         images, before = evaluate(config, pipe, prompts, reward_fn)
         save_pictures(folder / "before.png", prompts, images, before)
+        right = judged(images, prompts)
+        progress = Progress(config, pipe, prompts, folder / "progress.png")
 
         history = []
         def on_epoch(row):
@@ -238,26 +307,30 @@ def run_training(
             write_file(folder / "metrics.csv", csv_text(history))
             curve = reward_curve(history, config.reward)
             write_file(folder / "reward_curve.png", png_bytes(curve))
+            progress.after(row["epoch"])
         train(config, pipe, prompt_fn, reward_fn, on_epoch)
 
         images, after = evaluate(config, pipe, prompts, reward_fn)
         print(verdict(before, after), flush=True)
+        if right:
+            print(f"right animals, says the judge: {right} before, {judged(images, prompts)} after",
+                  flush=True)
         save_pictures(folder / "after.png", prompts, images, after)
         write_file(folder / "evaluation.csv", csv_text([
             {"prompt": prompt, "before": old, "after": new}
             for prompt, old, new in zip(prompts, before.tolist(), after.tolist())]))
         save_pipeline(pipe, folder / "pipeline")
 
-# %% ../nbs/08_cli.ipynb 16
+# %% ../nbs/08_cli.ipynb 17
 GROUPS = {
     "what": ("what to train on", ("pipeline", "prompts", "reward", "img_size", "seed")),
     "how_much": ("how much work it is", (
-        "num_epochs", "num_samples_per_epoch", "num_inner_epochs", "num_timesteps",
-        "timestep_fraction", "num_eval_samples")),
+        "num_epochs", "num_samples_per_epoch", "samples_per_prompt", "num_inner_epochs",
+        "num_timesteps", "timestep_fraction", "num_eval_samples")),
     "how_fast": ("how fast it learns", (
         "lr", "anneal_lr", "batch_size", "weight_decay", "max_grad_norm")),
     "how_far": ("how far it may go, and what counts as better than usual", (
-        "cfg", "eta", "clip_ratio", "clip_advantages", "buffer_size", "min_count")),
+        "cfg", "eta", "clip_ratio", "clip_advantages", "kl_coef", "buffer_size", "min_count")),
     "machine": ("speed and memory; nothing here changes what is learnt", (
         "sample_batch_size", "gradient_checkpointing", "device")),
 }
@@ -290,7 +363,7 @@ def flags_type(
         flag("name", str | None, "of the folder in runs/; None: pipeline, reward, a number", None),
         *groups])
 
-# %% ../nbs/08_cli.ipynb 17
+# %% ../nbs/08_cli.ipynb 18
 def parse(
     argv: list[str],  # the command's arguments
 ) -> tuple[DDPOConfig, str | None]:  # the configuration, and the run's name if one was given
@@ -308,7 +381,7 @@ def parse(
     values = {key: value for group in GROUPS for key, value in vars(getattr(flags, group)).items()}
     return DDPOConfig(**values), flags.name
 
-# %% ../nbs/08_cli.ipynb 19
+# %% ../nbs/08_cli.ipynb 20
 def prepare(
     argv: list[str],  # the command's arguments
     runs: Path,       # the folder of all runs

@@ -4,14 +4,17 @@
 
 # %% auto 0
 __all__ = ['MLP', 'load_aesthetic_model_weights', 'aesthetic_model_normalize', 'aesthetic_scoring', 'AestheticReward',
-           'JPEGIncompressibility', 'JPEGCompressibility', 'make_reward']
+           'JPEGIncompressibility', 'JPEGCompressibility', 'load_classifier', 'AnimalReward', 'load_judge',
+           'name_animals', 'share_right', 'make_reward']
 
 # %% ../nbs/03_rewards.ipynb 3
 import inspect
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +22,11 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from .pipelines import default_device
+from .prompts import emoji_animals
 
 # %% ../nbs/03_rewards.ipynb 7
 class MLP(nn.Module):
@@ -146,8 +151,112 @@ class JPEGCompressibility:
         return -torch.tensor([jpeg_kilobytes(image) for image in images])
 
 # %% ../nbs/03_rewards.ipynb 25
+def animal_in(
+    prompt: str,
+) -> str:        # one of `emoji_animals()`
+    "The animal that the prompt names. `ValueError` if it names none of the 124, or several."
+    longest_first = sorted(emoji_animals(), key=len, reverse=True)
+    found = set(re.findall(rf"\b({'|'.join(longest_first)})\b", prompt.lower()))
+    if len(found) != 1:
+        named = f"names {len(found)} animals ({', '.join(sorted(found))})" if found else (
+            "names no animal that the embedded classifier knows")
+        raise ValueError(f"the prompt {prompt!r} {named}; one of emoji_animals() is wanted.")
+    return found.pop()
+
+
+def new_classifier() -> nn.Sequential:
+    "Eight convolutions; names one of the 124 animals; 1.2 M parameters."
+    layers, channels = [], 3
+    for width in (32, 64, 128, 256):
+        layers += [nn.Conv2d(channels, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
+                   nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU()]
+        channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(channels, len(emoji_animals())))
+
+
+def load_shipped(
+    network: nn.Module,
+    name: str,           # of the file in the package
+) -> nn.Module:          # in float32, frozen, ready to be asked
+    "A network with the weights that ship with it."
+    weights = load_file(files("ddpo_scratch") / name)
+    network.load_state_dict({key: value.float() if value.is_floating_point() else value
+                             for key, value in weights.items()})
+    return network.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def animal_logits(
+    images: np.ndarray,   # uint8, [B, H, W, 3]; brought to 64×64
+    network: nn.Module,   # a classifier of the 124 animals
+) -> torch.Tensor:        # [B, 124], on the network's device
+    "What the network thinks of pictures."
+    device = next(network.parameters()).device
+    x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2) / 127.5 - 1
+    if x.shape[-2:] != (64, 64):
+        x = F.interpolate(x, size=(64, 64), mode="bilinear", antialias=True)
+    return network(x)
+
+# %% ../nbs/03_rewards.ipynb 26
+def load_classifier() -> nn.Sequential:
+    "The shipped classifier of the 124 animals, which `AnimalReward` asks; on the CPU."
+    return load_shipped(new_classifier(), "emoji_classifier.safetensors")
+
+
+class AnimalReward(nn.Module):
+    "Is it the asked animal? The shipped classifier's log-probability of it, nats, below 0."
+
+    def __init__(
+        self,
+        device: str | torch.device | None = None,  # None: CUDA if there is one
+    ):
+        super().__init__()
+        self.classifier = load_classifier().to(default_device(device))
+
+    def forward(self, images: np.ndarray, prompts: Sequence[str]) -> torch.Tensor:
+        asked = torch.tensor([emoji_animals().index(animal_in(prompt)) for prompt in prompts])
+        log_probs = animal_logits(images, self.classifier).log_softmax(1).cpu()
+        return log_probs[torch.arange(len(prompts)), asked]
+
+# %% ../nbs/03_rewards.ipynb 28
+def new_judge() -> nn.Sequential:
+    "Depthwise convolutions of 5×5 and group norms; names one of the 124 animals; 0.1 M parameters."
+    widths = (32, 64, 96, 128, 192, 256)
+    layers = [nn.Conv2d(3, widths[0], 4, 2, 1), nn.GELU()]
+    for width, wider, stride in zip(widths, widths[1:], (2, 1, 2, 1, 2)):
+        layers += [nn.Conv2d(width, width, 5, stride, 2, groups=width, bias=False),
+                   nn.GroupNorm(8, width), nn.Conv2d(width, wider, 1), nn.GELU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(widths[-1], len(emoji_animals())))
+
+# %% ../nbs/03_rewards.ipynb 29
+def load_judge() -> nn.Sequential:
+    "The shipped judge of the 124 animals, which no reward asks; on the CPU."
+    return load_shipped(new_judge(), "emoji_judge.safetensors")
+
+
+def name_animals(
+    images: np.ndarray,  # uint8, [B, H, W, 3]
+    network: nn.Module,  # from `load_judge` or `load_classifier`
+) -> list[str]:
+    "What the network sees in each picture."
+    return [emoji_animals()[index] for index in animal_logits(images, network).argmax(1).tolist()]
+
+
+def share_right(
+    images: np.ndarray,      # uint8, [B, H, W, 3]
+    prompts: Sequence[str],  # B, each with one animal
+    judge: nn.Module,        # from `load_judge`
+) -> float:                  # 0 … 1
+    "The share of pictures in which the judge sees the animal that was asked for."
+    seen = name_animals(images, judge)
+    return float(np.mean([animal_in(prompt) == name for prompt, name in zip(prompts, seen)]))
+
+# %% ../nbs/03_rewards.ipynb 32
 REWARDS: dict[str, type] = {  # a class that is an nn.Module has weights, and takes a device
     "aesthetic": AestheticReward,
+    "animal": AnimalReward,
     "jpeg_compressibility": JPEGCompressibility,
     "jpeg_incompressibility": JPEGIncompressibility,
 }
@@ -160,7 +269,7 @@ def check_reward_name(
     if name not in REWARDS:
         raise ValueError(f"unknown reward {name!r}. Known: {', '.join(sorted(REWARDS))}.")
 
-# %% ../nbs/03_rewards.ipynb 26
+# %% ../nbs/03_rewards.ipynb 33
 def make_reward(
     name: str,                                 # a key of `REWARDS`
     device: str | torch.device | None = None,  # for rewards that have weights
@@ -170,7 +279,7 @@ def make_reward(
     reward = REWARDS[name]
     return reward(device=device) if issubclass(reward, nn.Module) else reward()
 
-# %% ../nbs/03_rewards.ipynb 28
+# %% ../nbs/03_rewards.ipynb 35
 def check_reward_fn(
     reward_fn: Callable,  # a function, or an `nn.Module`
 ) -> None:
@@ -191,7 +300,7 @@ def check_reward_fn(
                         f"picture; this one is {name}{signature}. Wrap it in a function of these "
                         "two.") from None
 
-# %% ../nbs/03_rewards.ipynb 29
+# %% ../nbs/03_rewards.ipynb 36
 def to_array(
     values,        # numbers: a sequence, an array, or a tensor of any type on any device
 ) -> np.ndarray:   # on the CPU; tensors of floats as float64

@@ -7,13 +7,15 @@ __all__ = ['PROMPTS', 'PRESETS', 'DDPOConfig', 'make_prompt_fn', 'make_config', 
            'fresh_prompts', 'evaluate', 'verdict']
 
 # %% ../nbs/06_training.ipynb 3
+import copy
 import math
 import numbers
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import fastprogress
 import numpy as np
@@ -21,10 +23,16 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import StableDiffusionPipeline
 from fastprogress.core import IN_NOTEBOOK
-from torch.utils.data import DataLoader
 
 from .loss import compute_loss
-from .prompts import PromptDataset, emoji_animal_prompts, imagenet_animal_prompts
+from ddpo_scratch.prompts import (
+    PromptDataset,
+    PromptFile,
+    common_animal_prompts,
+    emoji_animal_prompts,
+    emoji_common_animal_prompts,
+    imagenet_animal_prompts,
+)
 from .rewards import check_reward_fn, check_rewards
 from ddpo_scratch.sampling import (
     check_finite,
@@ -42,13 +50,14 @@ class DDPOConfig:
     "Everything that a run needs to be repeated. The defaults are the blog's."
 
     pipeline: str = "CompVis/stable-diffusion-v1-4"  # "emoji", a local folder, or a hub id
-    prompts: str = "imagenet_animal_prompts"  # imagenet_animal_prompts or emoji_animal_prompts
-    reward: str = "aesthetic"  # aesthetic, jpeg_compressibility or jpeg_incompressibility
+    prompts: str = "imagenet_animal_prompts"  # a prompt function's name, or a file, a prompt a line
+    reward: str = "aesthetic"  # a reward's name: aesthetic, animal, jpeg_compressibility, …
     img_size: int = 512  # height and width of a picture, pixels, a multiple of 8
     seed: int = 0  # of prompts, noise and shuffling
 
     num_epochs: int = 50  # rounds of sampling and updating
     num_samples_per_epoch: int = 128  # pictures sampled before each round of updates
+    samples_per_prompt: int = 1  # K, pictures of each prompt in an epoch; above 1: groups
     num_inner_epochs: int = 1  # passes over an epoch's samples
     num_timesteps: int = 50  # T, denoising steps of a picture
     timestep_fraction: float = 1.0  # share of the steps that is trained, from the noise on; 1: all
@@ -64,6 +73,7 @@ class DDPOConfig:
     eta: float = 1.0  # noise of a denoising step as a share of DDPM's, above 0
     clip_ratio: float = 1e-4  # epsilon, how far a step's importance ratio may leave 1
     clip_advantages: float = 10.0  # advantages are clipped to plus or minus this
+    kl_coef: float = 0.0  # beta, penalty for leaving the untrained model; 0: off, costs nothing
     buffer_size: int | None = None  # latest rewards kept of a prompt; None: twice min_count, or 32
     min_count: int | None = None  # from how many on they are its usual; None: half of buffer_size
 
@@ -83,10 +93,17 @@ class DDPOConfig:
         if self.min_count > self.buffer_size:
             raise ValueError(f"min_count {self.min_count} can never be reached in a buffer of "
                              f"{self.buffer_size}: make buffer_size at least as large.")
+        if self.num_samples_per_epoch % self.samples_per_prompt:
+            raise ValueError(f"samples_per_prompt {self.samples_per_prompt} does not divide "
+                             f"num_samples_per_epoch {self.num_samples_per_epoch}.")
+        if self.samples_per_prompt > self.buffer_size:
+            raise ValueError(f"samples_per_prompt {self.samples_per_prompt} does not fit into a "
+                             f"buffer of {self.buffer_size}: make buffer_size at least as large.")
 
 # %% ../nbs/06_training.ipynb 7
-COUNTS = ("num_samples_per_epoch", "num_epochs", "num_inner_epochs", "num_timesteps", "batch_size",
-          "sample_batch_size", "num_eval_samples", "img_size", "buffer_size", "min_count")
+COUNTS = ("num_samples_per_epoch", "samples_per_prompt", "num_epochs", "num_inner_epochs",
+          "num_timesteps", "batch_size", "sample_batch_size", "num_eval_samples", "img_size",
+          "buffer_size", "min_count")
 POSITIVE = ("eta", "lr", "max_grad_norm", "clip_advantages", "clip_ratio")
 
 
@@ -107,7 +124,7 @@ def check_field(
         raise ValueError(f"{name} must be a number above 0, not {value!r}.")
     if name == "timestep_fraction" and not (number(numbers.Real, 0) and 0 < value <= 1):
         raise ValueError(f"{name} must be above 0 and at most 1 (all steps), not {value!r}.")
-    if name in ("cfg", "weight_decay") and not number(numbers.Real, 0):
+    if name in ("cfg", "weight_decay", "kl_coef") and not number(numbers.Real, 0):
         raise ValueError(f"{name} must be a number of at least 0, not {value!r}.")
     if name == "seed" and not number(numbers.Integral, 0, 2**31):
         raise ValueError(f"seed must be a whole number from 0 to 2147483647, not {value!r}.")
@@ -117,8 +134,9 @@ def check_field(
         raise TypeError(f"{name} is True or False, not {value!r}.")
 
 # %% ../nbs/06_training.ipynb 9
-PROMPTS: dict[str, Callable[[], str]] = {
-    fn.__name__: fn for fn in (imagenet_animal_prompts, emoji_animal_prompts)}
+PROMPTS: dict[str, Callable[[], str]] = {fn.__name__: fn for fn in (
+    imagenet_animal_prompts, common_animal_prompts, emoji_animal_prompts,
+    emoji_common_animal_prompts)}
 
 PRESETS: dict[str, DDPOConfig] = {
     "blog": DDPOConfig(),
@@ -131,12 +149,15 @@ PRESETS: dict[str, DDPOConfig] = {
 
 
 def make_prompt_fn(
-    name: str,               # a key of `PROMPTS`
-) -> Callable[[], str]:      # draws a prompt
+    name: str,           # a key of `PROMPTS`, or a text file with one prompt a line
+) -> Callable[[], str]:  # draws a prompt
     "The prompt function called `name`. `ValueError` with the known ones if there is none."
-    if name not in PROMPTS:
-        raise ValueError(f"unknown prompt function {name!r}. Known: {', '.join(sorted(PROMPTS))}.")
-    return PROMPTS[name]
+    if name in PROMPTS:
+        return PROMPTS[name]
+    if Path(name).suffix or Path(name).name != name or Path(name).exists():
+        return PromptFile(name)
+    raise ValueError(f"unknown prompt function {name!r}. Known: {', '.join(sorted(PROMPTS))}; or a "
+                     "text file with one prompt a line.")
 
 
 def make_config(
@@ -182,9 +203,9 @@ TRAINING, EVALUATION = 0, 1  # kinds of noise, which never meet
 
 
 def noise_sources(
-    seed: int,       # of the run
-    kind: int,       # TRAINING or EVALUATION
-    numbers: range,  # of the samples
+    seed: int,               # of the run
+    kind: int,               # TRAINING or EVALUATION
+    numbers: Iterable[int],  # of the samples
 ) -> list[torch.Generator]:
     "For each sample, by its number, a generator of its own; on the CPU, the same for any device."
     states = [np.random.SeedSequence([seed, kind, number]).generate_state(1) for number in numbers]
@@ -247,6 +268,16 @@ def progress_bars() -> tuple[Callable, Callable]:  # fastprogress's master_bar a
     return PlainBar, PlainBar
 
 # %% ../nbs/06_training.ipynb 21
+def summary(
+    watched: list[dict],  # of every update: loss, grad_norm and what `compute_loss` measures
+    sizes: list[int],     # samples of every update
+) -> dict[str, float]:
+    "Means over samples; of max_log_ratio the first, from before any update."
+    row = {key: float(np.average([update[key] for update in watched], weights=sizes))
+           for key in watched[0]}
+    return row | {"max_log_ratio": watched[0]["max_log_ratio"]}
+
+# %% ../nbs/06_training.ipynb 23
 def train(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,         # its UNet is trained in place
@@ -256,7 +287,8 @@ def train(
 ) -> list[dict]:                           # a row of metrics for each epoch
     """Train the pipeline's UNet with DDPO. `ValueError` before an update that is not finite.
 
-    A row holds epoch, reward_mean, reward_std, loss and seconds."""
+    A row holds epoch, reward_mean, reward_std, loss, grad_norm, clip_fraction, approx_kl,
+    max_log_ratio, ref_kl (where kl_coef is above 0) and seconds."""
     check_run(config, pipe)
     set_seed(config.seed)
     device, unet, count = pipe.device, pipe.unet, config.num_samples_per_epoch
@@ -264,57 +296,60 @@ def train(
      else unet.disable_gradient_checkpointing)()
     optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     tracker = PerPromptStatTracker(config.buffer_size, config.min_count)
-    train_dl = DataLoader(PromptDataset(prompt_fn, count), batch_size=config.sample_batch_size)
+    reference = copy.deepcopy(unet).requires_grad_(False) if config.kl_coef > 0 else None
+    drawn = PromptDataset(prompt_fn, count // config.samples_per_prompt)
     shuffler = torch.Generator().manual_seed(config.seed)
     master_bar, progress_bar = progress_bars()
 
     history, bar = [], master_bar(range(config.num_epochs))
     for epoch in bar:
-        start, samples, number = time.perf_counter(), [], epoch * count
+        start, samples, watched = time.perf_counter(), [], []
         optimizer.param_groups[0]["lr"] = config.lr * (
             1 - epoch / config.num_epochs if config.anneal_lr else 1)
 
         # 1. sample, and ask for rewards
-        for prompts in progress_bar(train_dl, parent=bar):
-            noise = noise_sources(config.seed, TRAINING, range(number, number + len(prompts)))
-            number += len(prompts)
-            _, rewards, all_step_preds, log_probs = sample_and_calculate_rewards(
-                prompts, pipe, config.img_size, config.cfg, config.num_timesteps, decoding_fn,
-                reward_fn, device, config.eta, noise)
-            samples.append((prompts, rewards, all_step_preds, log_probs))
-        all_prompts = [prompt for prompts, _, _, _ in samples for prompt in prompts]
-        all_rewards = torch.cat([rewards for _, rewards, _, _ in samples])
-        all_step_preds = torch.cat([steps for _, _, steps, _ in samples], dim=1)
-        log_probs = torch.cat([probs for _, _, _, probs in samples], dim=1)
+        all_prompts = [prompt for prompt in drawn for _ in range(config.samples_per_prompt)]
+        batches = torch.arange(count).split(config.sample_batch_size)
+        for batch in progress_bar(batches, parent=bar):
+            noise = noise_sources(config.seed, TRAINING, (epoch * count + batch).tolist())
+            _, *sample = sample_and_calculate_rewards(
+                [all_prompts[i] for i in batch], pipe, config.img_size, config.cfg,
+                config.num_timesteps, decoding_fn, reward_fn, device, config.eta, noise)
+            samples.append(sample)
+        rewards, all_step_preds, log_probs = zip(*samples)
+        all_rewards = torch.cat(rewards)
+        all_step_preds, log_probs = torch.cat(all_step_preds, dim=1), torch.cat(log_probs, dim=1)
 
         # 2. rewards to advantages
         advantages = torch.from_numpy(tracker.update(all_prompts, all_rewards)).to(device)
 
         # 3. update the policy
-        total, batches = 0.0, [
-            batch for _ in range(config.num_inner_epochs)
-            for batch in equal_batches(count, config.batch_size, shuffler)]
+        batches = [batch for _ in range(config.num_inner_epochs)
+                   for batch in equal_batches(count, config.batch_size, shuffler)]
         for i, batch in enumerate(progress_bar(batches, parent=bar)):
             optimizer.zero_grad()
+            metrics = {}
             loss = compute_loss(
                 all_step_preds[:, batch], log_probs[:, batch], advantages[batch],
                 config.clip_advantages, config.clip_ratio, [all_prompts[j] for j in batch], pipe,
-                config.num_timesteps, config.cfg, config.eta, device, config.timestep_fraction)
-            norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm)
-            check_update(loss, norm.item(), f"epoch {epoch + 1}, batch {i + 1} of {len(batches)}")
+                config.num_timesteps, config.cfg, config.eta, device, config.timestep_fraction,
+                config.kl_coef, reference, metrics)
+            norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm).item()
+            check_update(loss, norm, f"epoch {epoch + 1}, batch {i + 1} of {len(batches)}")
             optimizer.step()
-            total += loss * len(batch) / (count * config.num_inner_epochs)
+            watched.append(dict(loss=loss, grad_norm=norm, **metrics))
 
         history.append({
             "epoch": epoch + 1, "reward_mean": all_rewards.mean().item(),
-            "reward_std": all_rewards.std(correction=0).item(), "loss": total,
+            "reward_std": all_rewards.std(correction=0).item(),
+            **summary(watched, [len(batch) for batch in batches]),
             "seconds": time.perf_counter() - start})
         bar.write("epoch {epoch:3d}   reward {reward_mean:8.4f} ± {reward_std:.4f}   "
                   "loss {loss:+.4f}   {seconds:.1f} s".format(**history[-1]))
         on_epoch(history[-1])
     return history
 
-# %% ../nbs/06_training.ipynb 23
+# %% ../nbs/06_training.ipynb 25
 def fresh_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],
@@ -342,7 +377,7 @@ def evaluate(
         rewards.append(scores)
     return np.concatenate(images), torch.cat(rewards)
 
-# %% ../nbs/06_training.ipynb 25
+# %% ../nbs/06_training.ipynb 27
 def verdict(
     before: torch.Tensor,  # rewards of the untrained model, [N]
     after: torch.Tensor,   # of the trained one, on the same prompts and noise, [N]

@@ -49,16 +49,20 @@ def test_the_command_leaves_a_whole_run():
         assert done.returncode == 0, done.stderr
         line = r"^epoch +\d +reward +-?[\d.]+ ± [\d.]+ +loss [+-][\d.]+ +[\d.]+ s$"
         assert len(re.findall(line, done.stdout, re.M)) == 2, done.stdout
-        assert len(done.stdout.splitlines()) == 5 and not set(done.stdout) & set("%█\r")
+        assert len(done.stdout.splitlines()) == 6 and not set(done.stdout) & set("█\r")
         assert "fresh pictures: reward" in done.stdout
+        right = r"^right animals, says the judge: \d+% before, \d+% after$"
+        assert re.search(right, done.stdout, re.M)
         path = Path(folder) / "runs" / "first"
         assert sorted(p.name for p in path.iterdir()) == [
             "after.png", "before.png", "config.yaml", "evaluation.csv", "metrics.csv", "pipeline",
-            "reward_curve.png"]
+            "progress.png", "reward_curve.png"]
         for picture in path.glob("*.png"): Image.open(picture).verify()
         rows = list(csv.DictReader((path / "metrics.csv").open()))
         assert [row["epoch"] for row in rows] == ["1", "2"]
-        assert set(rows[0]) == {"epoch", "reward_mean", "reward_std", "loss", "seconds"}
+        assert list(rows[0]) == [
+            "epoch", "reward_mean", "reward_std", "loss", "grad_norm", "clip_fraction", "approx_kl",
+            "max_log_ratio", "seconds"]
         assert len(list(csv.DictReader((path / "evaluation.csv").open()))) == 7
         config = DDPOConfig(**yaml.safe_load((path / "config.yaml").read_text()))
         assert config == make_config("emoji", **SMALL, seed=3, device=config.device)
@@ -169,7 +173,7 @@ def test_what_is_written_down_is_what_ran():
         note = (folder / "UNFINISHED.txt").read_text()
         assert "did not finish" in note and "RuntimeError: the scorer has run out of ink" in note
         left = {path.name for path in folder.iterdir()}
-        assert left == {"UNFINISHED.txt", "config.yaml", "before.png"}
+        assert left == {"UNFINISHED.txt", "config.yaml", "before.png", "progress.png"}
         config = make_config("emoji", **SMALL)
         with pytest.raises(ValueError, match="not empty"):
             run_training(config, pipe, a_fox, ThirdTime(), folder)
@@ -198,9 +202,10 @@ def test_ctrl_c_ends_in_one_sentence():
         assert run.returncode == 130 and "Traceback" not in said
         assert said.strip().splitlines()[-1] == (
             "ddpo_train: stopped by Ctrl-C. runs/long keeps before.png, config.yaml, metrics.csv, "
-            "reward_curve.png; the fine-tuned weights are not saved.")
+            "progress.png, reward_curve.png; the fine-tuned weights are not saved.")
         assert {path.name for path in folder.iterdir()} == {
-            "UNFINISHED.txt", "before.png", "config.yaml", "metrics.csv", "reward_curve.png"}
+            "UNFINISHED.txt", "before.png", "config.yaml", "metrics.csv", "progress.png",
+            "reward_curve.png"}
         assert "KeyboardInterrupt" in (folder / "UNFINISHED.txt").read_text()
 
 

@@ -2,7 +2,6 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -17,15 +16,14 @@ from ddpo_scratch.emoji_model import (
     caption,
     encode_captions,
     fit,
-    load_classifier,
     load_pictures,
     make_tokenizer,
-    name_animals,
     named_right,
     train_emoji_model,
 )
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.prompts import emoji_animals
+from ddpo_scratch.rewards import load_judge, share_right
 
 PACKAGE = Path(ddpo_scratch.__file__).parent
 
@@ -33,7 +31,7 @@ PACKAGE = Path(ddpo_scratch.__file__).parent
 def test_what_ships_is_small_and_whole():
     "Sizes, names, styles."
     size = sum(path.stat().st_size for path
-               in [*(PACKAGE / "emoji").rglob("*"), PACKAGE / "emoji_classifier.safetensors"]
+               in [*(PACKAGE / "emoji").rglob("*"), *PACKAGE.glob("emoji_*.safetensors")]
                if path.is_file())
     assert size <= 15_000_000 and (PACKAGE / "emoji_pictures.npz").stat().st_size <= 3_000_000
     pictures, animals, styles = load_pictures()
@@ -100,7 +98,8 @@ def test_rehearsal_makes_a_pipeline():
     with TemporaryDirectory() as folder:
         work, out = Path(folder) / "work", Path(folder) / "out"
         train_emoji_model(work, out, share=0.0005)
-        assert sorted(p.name for p in out.iterdir()) == ["emoji", "emoji_classifier.safetensors"]
+        assert sorted(p.name for p in out.iterdir()) == [
+            "emoji", "emoji_classifier.safetensors", "emoji_judge.safetensors"]
         pipe = StableDiffusionPipeline.from_pretrained(out / "emoji")
         assert {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder)
                 for p in m.parameters()} == {torch.float32}
@@ -114,10 +113,10 @@ def test_rehearsal_makes_a_pipeline():
 
 def test_prompts_are_followed():
     "The judge, first on real pictures, then on generated ones."
-    classifier = load_classifier()
+    judge = load_judge()
     pictures, animals, _ = load_pictures()
     images = (((augment(pictures, torch.Generator().manual_seed(5)) + 1) * 127.5).round()
               .to(torch.uint8).permute(0, 2, 3, 1).numpy())
-    assert np.mean([a == b for a, b in zip(name_animals(images, classifier), animals)]) > 0.95
-    assert named_right(load_pipeline("emoji", "cpu"), classifier, seeds=1,
+    assert share_right(images, animals, judge) > 0.95
+    assert named_right(load_pipeline("emoji", "cpu"), judge, seeds=1,
                        num_inference_steps=25) >= 0.65

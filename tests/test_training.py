@@ -50,7 +50,7 @@ def test_presets_are_the_blogs_and_its_miniature():
         eta=1.0, weight_decay=1e-4, max_grad_norm=1.0, buffer_size=32, min_count=16,
         sample_batch_size=32, pipeline="CompVis/stable-diffusion-v1-4", reward="aesthetic",
         prompts="imagenet_animal_prompts", gradient_checkpointing=True, anneal_lr=False,
-        num_eval_samples=128, timestep_fraction=1.0)
+        num_eval_samples=128, timestep_fraction=1.0, samples_per_prompt=1, kl_coef=0.0)
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(DDPOConfig)} - set(blog) == {"seed", "device"}
     assert PRESETS["emoji"].pipeline == "emoji"
@@ -137,6 +137,53 @@ def test_training_repeats_and_changes_only_the_unet():
         pairs = zip(getattr(pipe, part).parameters(), getattr(fresh, part).parameters())
         for ours, theirs in pairs:
             assert torch.equal(ours, theirs)
+
+
+def test_groups():
+    "Each prompt K times in a row; advantages compare pictures of one prompt from the start."
+    numbers, drawn, advantages = iter(range(100)), [], []
+    sample, update = training.sample_and_calculate_rewards, training.PerPromptStatTracker.update
+    def watched_sample(prompts, *rest):
+        result = sample(prompts, *rest)
+        drawn.append((prompts, result[1]))
+        return result
+    def watched_update(self, prompts, rewards):
+        advantages.append(update(self, prompts, rewards))
+        return advantages[-1]
+    def worth(images, prompts):
+        return 10 * np.array([float(p[-1]) for p in prompts]) + redness(images, prompts)
+    config = make_config("emoji", **TINY | dict(
+        num_epochs=1, num_samples_per_epoch=12, samples_per_prompt=4, sample_batch_size=5,
+        buffer_size=8, min_count=4))
+    with patch.object(training, "sample_and_calculate_rewards", watched_sample), \
+            patch.object(training.PerPromptStatTracker, "update", watched_update):
+        train(config, load_pipeline("emoji", "cpu"), lambda: f"animal {next(numbers)}", worth)
+    assert [len(prompts) for prompts, _ in drawn] == [5, 5, 2]
+    prompts = [prompt for prompts, _ in drawn for prompt in prompts]
+    assert prompts == [f"animal {i}" for i in range(3) for _ in range(4)]
+    rewards = torch.cat([rewards for _, rewards in drawn]).double().numpy().reshape(3, 4)
+    expected = (rewards - rewards.mean(1, keepdims=True)) / rewards.std(1, keepdims=True)
+    np.testing.assert_allclose(advantages[0].reshape(3, 4), expected, atol=1e-3)
+    for changes, match in ((dict(samples_per_prompt=5), "5 does not divide num_samples_per_epoch"),
+                           (dict(samples_per_prompt=64), "64 does not fit into a buffer of 32")):
+        with pytest.raises(ValueError, match=match): make_config("blog", **changes)
+
+
+def test_metrics_of_an_epoch():
+    "Ratios are 1 before the first update; a penalty keeps the policy nearer to where it began."
+    def run(**changes):
+        pipe = load_pipeline("emoji", "cpu")
+        start = weights(pipe)
+        config = make_config("emoji", **TINY | dict(lr=1e-3, clip_ratio=1e-3) | changes)
+        return train(config, pipe, lambda: "a fox", redness), (weights(pipe) - start).norm()
+    free, _ = run()
+    assert all(set(row) == {"epoch", "reward_mean", "reward_std", "loss", "grad_norm", "seconds",
+                            "clip_fraction", "approx_kl", "max_log_ratio"} for row in free)
+    assert all(row["max_log_ratio"] < 1e-4 and row["grad_norm"] > 0 for row in free)
+    assert free[1]["approx_kl"] > 0 and 0 < free[1]["clip_fraction"] < 1
+    tied, _ = run(kl_coef=100.0, num_epochs=4)
+    loose, _ = run(kl_coef=1e-6, num_epochs=4)
+    assert tied[-1]["ref_kl"] < 0.5 * loose[-1]["ref_kl"]
 
 
 def test_sample_batch_size_changes_no_result():
@@ -261,7 +308,8 @@ def test_bars_for_whoever_watches():
 
 BAD = (("num_epochs", 0), ("batch_size", -1), ("num_timesteps", 2.5), ("img_size", 0), ("lr", 0),
        ("img_size", 100), ("lr", -1e-3), ("lr", float("nan")), ("eta", 0), ("clip_ratio", 0),
-       ("cfg", -1), ("weight_decay", -1), ("seed", -1), ("seed", 2**31), ("num_eval_samples", 0),
+       ("cfg", -1), ("kl_coef", -1), ("weight_decay", -1), ("samples_per_prompt", 0),
+       ("seed", -1), ("seed", 2**31), ("num_eval_samples", 0),
        ("batch_size", True), ("timestep_fraction", 0), ("timestep_fraction", 1.1), ("lr", True),
        ("buffer_size", 0), ("min_count", 0), ("buffer_size", "8"))
 
@@ -273,7 +321,7 @@ def test_bad_configurations():
             make_config("emoji", **{name: value})
     with pytest.raises(ValueError, match="'blogg'. Known: blog, emoji"):
         make_config("blogg")
-    with pytest.raises(ValueError, match="'cats'. Known: emoji_animal_prompts, imagenet_an"):
+    with pytest.raises(ValueError, match="'cats'. Known: common_animal_prompts, emoji_an"):
         make_prompt_fn("cats")
     with pytest.raises(TypeError, match="reward is a name"):
         make_config("emoji", reward=redness)
