@@ -25,6 +25,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'ddpo_scratch.cli.unfinished_until_the_end': ('cli.html#unfinished_until_the_end', 'ddpo_scratch/cli.py'),
                                   'ddpo_scratch.cli.what_ran': ('cli.html#what_ran', 'ddpo_scratch/cli.py'),
                                   'ddpo_scratch.cli.write_file': ('cli.html#write_file', 'ddpo_scratch/cli.py')},
+            'ddpo_scratch.door': {'ddpo_scratch.door.main': ('cli.html#main', 'ddpo_scratch/door.py')},
             'ddpo_scratch.emoji_model': { 'ddpo_scratch.emoji_model.animal_labels': ( 'emoji_model.html#animal_labels',
                                                                                       'ddpo_scratch/emoji_model.py'),
                                           'ddpo_scratch.emoji_model.augment': ('emoji_model.html#augment', 'ddpo_scratch/emoji_model.py'),

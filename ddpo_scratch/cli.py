@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, field, fields, make_dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Annotated
@@ -195,6 +196,7 @@ def what_ran(
 ) -> DDPOConfig:
     "The configuration with the names of what was really passed, such as `__main__:redness`."
     def called(thing):
+        while isinstance(thing, partial): thing = thing.func
         thing = thing if hasattr(thing, "__qualname__") else type(thing)
         return f"{thing.__module__}:{thing.__qualname__}"
     source = pipe.config.get("_name_or_path") or called(pipe)
@@ -226,8 +228,9 @@ def unfinished_until_the_end(
         yield
     except BaseException as error:
         with suppress(OSError):
+            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
             write_file(note, "This run did not finish, and its weights are not saved. "
-                             f"It ended with {type(error).__name__}: {error}\n")
+                             f"It ended with {reason}\n")
         raise
     note.unlink()
 
@@ -236,6 +239,8 @@ def kept(
     folder: Path,
 ) -> str:
     "What an unfinished run leaves, in a sentence."
+    if not folder.is_dir():
+        return f"{folder} is gone."
     names = sorted(path.name for path in folder.iterdir() if path.name != UNFINISHED)
     if not names:
         return f"{folder} keeps nothing but a note."
@@ -320,6 +325,7 @@ def run_training(
             {"prompt": prompt, "before": old, "after": new}
             for prompt, old, new in zip(prompts, before.tolist(), after.tolist())]))
         save_pipeline(pipe, folder / "pipeline")
+    pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # no longer what it was
 
 # %% ../nbs/08_cli.ipynb 17
 GROUPS = {
@@ -331,7 +337,7 @@ GROUPS = {
         "lr", "anneal_lr", "batch_size", "weight_decay", "max_grad_norm")),
     "how_far": ("how far it may go, and what counts as better than usual", (
         "cfg", "eta", "clip_ratio", "clip_advantages", "kl_coef", "buffer_size", "min_count")),
-    "machine": ("speed and memory; nothing here changes what is learnt", (
+    "machine": ("speed and memory; what is learnt changes by rounding only", (
         "sample_batch_size", "gradient_checkpointing", "device")),
 }
 
@@ -352,6 +358,8 @@ def flags_type(
     types = {field.name: field.type for field in fields(DDPOConfig)}
     def flag(name, kind, meaning, default):
         return name, Annotated[kind, tyro.conf.arg(help=meaning)], field(default=default)
+    for name, known in (("prompts", PROMPTS), ("reward", REWARDS)):
+        meanings[name] += f": {', '.join(sorted(known))}"
     groups = []
     for group, (meaning, names) in GROUPS.items():
         part = make_dataclass(group, [
@@ -410,6 +418,6 @@ def main() -> None:
         print(f"\nddpo_train: stopped by Ctrl-C. {left}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, SafetensorError) as error:
-        left = f" {kept(folder)}" if folder else ""
-        sys.exit(f"ddpo_train: {error}{left}")
+        left = kept(folder) if folder else "Nothing was written."
+        sys.exit(f"ddpo_train: {str(error).rstrip('.')}. {left}")
     print(f"curve, pictures and the fine-tuned pipeline are in {folder}")

@@ -7,6 +7,7 @@ __all__ = ['default_device', 'ddim_scheduler', 'load_pipeline']
 
 # %% ../nbs/00_pipelines.ipynb 4
 import os
+import warnings
 from importlib.resources import files
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def pipeline_source(
         return str(files("ddpo_scratch") / "emoji")
     if (Path(name) / "model_index.json").is_file():
         return name
-    if name.count("/") == 1 and all(name.split("/")) and not Path(name).is_dir():
+    owner, slash, model = name.partition("/")
+    if owner and model and "/" not in model and owner[0] not in ".~" and not Path(name).is_dir():
         return name
     inside = Path(name) / "pipeline"
     hint = f" Did you mean {str(inside)!r}?" if (inside / "model_index.json").is_file() else ""
@@ -57,7 +59,13 @@ def pipeline_source(
 def ddim_scheduler(
     config: dict,  # of any scheduler for latent diffusion, as diffusers holds it
 ) -> DDIMScheduler:
-    "DDIM with that noise schedule; what `config` does not say is as in Stable Diffusion 1.4."
+    """DDIM with that noise schedule; what `config` does not say is as in Stable Diffusion 1.4.
+
+    `ValueError` for a scheduler without betas, or with some that DDIM does not know."""
+    name = config.get("_class_name", "this scheduler")
+    if "beta_schedule" not in config:
+        raise ValueError(f"{name} has no schedule of betas, so it cannot be turned into DDIM, "
+                         "whose steps are what is trained (flow models are not supported).")
     unsaid = {name for name in config.get("_use_default_values", ()) if not name.startswith("beta")}
     said = {name: value for name, value in config.items() if name not in unsaid}
     said.pop("_use_default_values", None)
@@ -66,7 +74,10 @@ def ddim_scheduler(
     ends_at_0 = spacing == "linspace" or (spacing == "leading" and said["steps_offset"] == 0)
     if ends_at_0 and not said["set_alpha_to_one"]:
         said |= dict(timestep_spacing="leading", steps_offset=1)
-    return DDIMScheduler.from_config(said)
+    try:
+        return DDIMScheduler.from_config(said)
+    except NotImplementedError as error:
+        raise ValueError(f"{name} cannot be turned into DDIM: {error}.") from error
 
 # %% ../nbs/00_pipelines.ipynb 11
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -78,8 +89,8 @@ def check_pipeline_class(
     "`ValueError` if what is there is not a `StableDiffusionPipeline`; `OSError` if nothing is."
     name = StableDiffusionPipeline.load_config(source).get("_class_name")
     if name != "StableDiffusionPipeline":
-        raise ValueError(f"{source!r} is a {name}; what can be trained is a "
-                         "StableDiffusionPipeline (Stable Diffusion 1.x and 2.x, text to image).")
+        raise ValueError(f"{source!r} is a {name or 'folder without a class'}; what can be trained "
+                         "is a StableDiffusionPipeline (Stable Diffusion 1.x or 2.x, from text).")
 
 # %% ../nbs/00_pipelines.ipynb 12
 def load_pipeline(
@@ -90,14 +101,17 @@ def load_pipeline(
     device, source = default_device(device), pipeline_source(name)
     try:
         check_pipeline_class(source)
-        pipe = StableDiffusionPipeline.from_pretrained(
-            source, safety_checker=None, requires_safety_checker=False)
+        with warnings.catch_warnings():  # of scheduler settings that are about to be replaced
+            warnings.filterwarnings("ignore", ".*(steps_offset|clip_sample)", FutureWarning)
+            pipe = StableDiffusionPipeline.from_pretrained(
+                source, safety_checker=None, requires_safety_checker=False)
     except OSError as error:
         moved = f"It has moved to {MOVED[source]!r}. " if source in MOVED else ""
-        raise ValueError(
-            f"the pipeline {str(name)!r} could not be loaded. {moved}If the hub cannot be reached "
-            f"from here, give a local folder, or 'emoji', which needs no download. ({error})"
-        ) from error
+        hub = "" if Path(source).is_dir() else (
+            "If the hub cannot be reached from here, give a local folder, or 'emoji', which needs "
+            "no download. ")
+        raise ValueError(f"the pipeline {str(name)!r} could not be loaded. {moved}{hub}({error})"
+                         ) from error
     pipe.scheduler = ddim_scheduler(pipe.scheduler.config)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.float()

@@ -93,7 +93,7 @@ class PromptFile:
     ):
         self.path = Path(path)
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            lines = self.path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"the prompts in {str(path)!r} cannot be read: {error}. A text file "
                              "with one prompt a line is wanted.") from error

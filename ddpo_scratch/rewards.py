@@ -314,26 +314,26 @@ def to_array(
 def check_rewards(
     rewards,                # what a reward function returned: tensor, array or sequence of numbers
     prompts: Sequence[str], # the B prompts that it judged
-) -> torch.Tensor:          # float32, [B], on the CPU
+) -> torch.Tensor:          # float64, [B], on the CPU
     "`TypeError` for no numbers, `ValueError` for wrong shape, NaN or infinity (naming the prompt)."
     if isinstance(rewards, tuple) and any(isinstance(part, (dict, type(None))) for part in rewards):
         kinds = ", ".join(type(part).__name__ for part in rewards)
         raise TypeError(f"a reward function must return {len(prompts)} numbers and nothing beside "
                         f"them; it returned a tuple ({kinds}). Return the first of these.")
+    kind = type(rewards).__name__
     try:
         rewards = to_array(rewards)
         if rewards.dtype.kind not in "buif":
-            raise TypeError(f"they are of type {rewards.dtype}")
+            raise TypeError(f"the entries are of type {rewards.dtype}")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"a reward function must return {len(prompts)} numbers "
-                        f"(tensor, array or list); these are none: {error}.") from error
+        raise TypeError(f"a reward function must return {len(prompts)} numbers (tensor, array or "
+                        f"list); it returned a {kind} ({error}).") from error
     if rewards.shape == (len(prompts), 1):
         rewards = rewards[:, 0]
     if rewards.shape != (len(prompts),):
         raise ValueError("a reward function must return one number a prompt, "
                          f"shape [{len(prompts)}]; it returned shape {list(rewards.shape)}.")
-    with np.errstate(over="ignore"):
-        rewards = torch.from_numpy(rewards.astype(np.float32))
+    rewards = torch.from_numpy(rewards.astype(np.float64))
     for index, reward in enumerate(rewards.tolist()):
         if not math.isfinite(reward):
             raise ValueError(f"the reward of picture {index}, prompt {prompts[index]!r}, "

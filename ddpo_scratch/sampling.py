@@ -66,8 +66,9 @@ def tell_of_long_prompts(
     if max(lengths) > limit and pipe.tokenizer not in _told_of_long_prompts:
         _told_of_long_prompts.add(pipe.tokenizer)
         longest = prompts[np.argmax(lengths)]
-        warnings.warn(f"the text encoder reads {limit} tokens of a prompt and ignores the rest; "
-                      f"{longest[:40]!r}… has {max(lengths)}. (Said once.)", stacklevel=3)
+        logging.getLogger("ddpo_scratch").warning(
+            f"the text encoder reads {limit} tokens of a prompt and ignores the rest; "
+            f"{longest[:40]!r}… has {max(lengths)}. (Said once.)")
 
 # %% ../nbs/02_sampling.ipynb 13
 def encode_prompts(
@@ -161,8 +162,9 @@ def ddim_schedule(
     share = eta**2 * (1 - alpha / alpha_next) / (1 - alpha)  # σ² as a share of 1 − ᾱ_t'
     share[alpha_next == 1] = 0
     if (share > 1).any():
+        highest = math.floor(1e4 * eta / share.max().sqrt()) / 1e4
         raise ValueError(f"eta = {eta} asks for more noise than there is at {num_inference_steps} "
-                         f"steps. At most {eta / share.max().sqrt().item():.4f} works.")
+                         f"steps. At most {highest} works.")
     std = ((1 - alpha_next) * share).sqrt()
     if (std == 0).any():
         warnings.warn(f"the step at t = {t[std == 0].tolist()} has no noise: it is deterministic, "
@@ -224,6 +226,9 @@ def check_pipe(
     if pipe.scheduler.config.thresholding:
         raise ValueError("the scheduler thresholds x_0 dynamically, which is not a latent model's; "
                          "set thresholding=False.")
+    if pipe.tokenizer.model_max_length > 1_000_000:
+        raise ValueError("the tokenizer does not say how many tokens the text encoder reads: its "
+                         "files are missing or damaged.")
     takes, gives = pipe.unet.config.in_channels, pipe.unet.config.out_channels
     latent = pipe.vae.config.latent_channels
     if not takes == gives == latent:

@@ -50,8 +50,8 @@ class DDPOConfig:
     "Everything that a run needs to be repeated. The defaults are the blog's."
 
     pipeline: str = "CompVis/stable-diffusion-v1-4"  # "emoji", a local folder, or a hub id
-    prompts: str = "imagenet_animal_prompts"  # a prompt function's name, or a file, a prompt a line
-    reward: str = "aesthetic"  # a reward's name: aesthetic, animal, jpeg_compressibility, …
+    prompts: str = "imagenet_animal_prompts"  # a known name, or a text file with a prompt a line
+    reward: str = "aesthetic"  # a known name
     img_size: int = 512  # height and width of a picture, pixels, a multiple of 8
     seed: int = 0  # of prompts, noise and shuffling
 
@@ -70,14 +70,14 @@ class DDPOConfig:
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
 
     cfg: float = 5.0  # guidance scale, in sampling and training; at most 1: off, half the work
-    eta: float = 1.0  # noise of a denoising step as a share of DDPM's, above 0
+    eta: float = 1.0  # noise of a step as a share of DDPM's, above 0, at most little more than 1
     clip_ratio: float = 1e-4  # epsilon, how far a step's importance ratio may leave 1
     clip_advantages: float = 10.0  # advantages are clipped to plus or minus this
-    kl_coef: float = 0.0  # beta, penalty for leaving the untrained model; 0: off, costs nothing
+    kl_coef: float = 0.0  # beta, penalty for leaving the untrained UNet; above 0, a copy is kept
     buffer_size: int | None = None  # latest rewards kept of a prompt; None: twice min_count, or 32
     min_count: int | None = None  # from how many on they are its usual; None: half of buffer_size
 
-    sample_batch_size: int = 32  # pictures sampled at a time; changes no result
+    sample_batch_size: int = 32  # pictures sampled at a time; changes results by rounding only
     gradient_checkpointing: bool = True  # less memory in the backward pass, a third more time
     device: str | None = None  # any torch device; None: CUDA if there is one, else the CPU
 
@@ -89,7 +89,7 @@ class DDPOConfig:
         if self.buffer_size is None:
             object.__setattr__(self, "buffer_size", 2 * self.min_count)
         if self.min_count is None:
-            object.__setattr__(self, "min_count", max(1, self.buffer_size // 2))
+            object.__setattr__(self, "min_count", max(2, self.buffer_size // 2))
         if self.min_count > self.buffer_size:
             raise ValueError(f"min_count {self.min_count} can never be reached in a buffer of "
                              f"{self.buffer_size}: make buffer_size at least as large.")
@@ -112,16 +112,18 @@ def check_field(
     value,      # what it was given
 ) -> None:
     "`ValueError` for a number out of range, `TypeError` for something else than is wanted."
-    def number(kind, low, high=math.inf):
+    def number(kind, low, high=1e9):
         return isinstance(value, kind) and not isinstance(value, bool) and low <= value < high
     if value is None and name in ("buffer_size", "min_count", "device"):
         return
     if name in COUNTS and not number(numbers.Integral, 1):
         raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
+    if name in ("buffer_size", "min_count") and value == 1:
+        raise ValueError(f"{name} must be at least 2: one reward alone is its own mean.")
     if name == "img_size" and value % 8:
         raise ValueError(f"img_size must be a multiple of 8 pixels, not {value!r}.")
     if name in POSITIVE and not (number(numbers.Real, 0) and value > 0):
-        raise ValueError(f"{name} must be a number above 0, not {value!r}.")
+        raise ValueError(f"{name} must be a number above 0 (and below 1e9), not {value!r}.")
     if name == "timestep_fraction" and not (number(numbers.Real, 0) and 0 < value <= 1):
         raise ValueError(f"{name} must be above 0 and at most 1 (all steps), not {value!r}.")
     if name in ("cfg", "weight_decay", "kl_coef") and not number(numbers.Real, 0):
@@ -188,14 +190,15 @@ def sample_and_calculate_rewards(
 ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor, torch.Tensor]:
     """A batch of pictures, what they are worth, and how they came about.
 
-    Returns imgs [B, H, W, 3], rewards [B] on the CPU, all_step_preds [T+1, B, C, h, w] and
-    log_probs [T, B]. A reward of the wrong form raises, and so do latents that are NaN."""
+    Returns imgs [B, H, W, 3], rewards [B] in float64 on the CPU, all_step_preds
+    [T+1, B, C, h, w] and log_probs [T, B]. A reward of the wrong form raises, and so do
+    latents that are NaN."""
     check_reward_fn(reward_fn)
     latents, all_step_preds, log_probs = sd_sample(
         prompts, pipe, image_size, image_size, cfg, num_timesteps, eta, device, generator)
     check_finite(all_step_preds, prompts)
     imgs = decoding_fn(latents, pipe)
-    rewards = check_rewards(reward_fn(imgs, prompts), prompts)
+    rewards = check_rewards(reward_fn(imgs, list(prompts)), prompts)
     return imgs, rewards, all_step_preds, log_probs
 
 # %% ../nbs/06_training.ipynb 13
@@ -366,6 +369,8 @@ def evaluate(
     reward_fn: Callable,
 ) -> tuple[np.ndarray, torch.Tensor]:  # pictures uint8 [N, H, W, 3], rewards [N]
     "Pictures for these prompts, each always from the same noise, and their rewards."
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty: give at least one prompt.")
     images, rewards = [], []
     for start in range(0, len(prompts), config.sample_batch_size):
         batch = prompts[start : start + config.sample_batch_size]

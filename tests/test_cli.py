@@ -6,8 +6,10 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +30,7 @@ SMALL = dict(num_epochs=2, num_samples_per_epoch=6, num_eval_samples=7, sample_b
 FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 
 
-COMMAND = [sys.executable, "-c", "from ddpo_scratch.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from ddpo_scratch.door import main; main()"]
 
 
 def ddpo_train(folder, *flags, **options):
@@ -184,12 +186,22 @@ def test_what_is_written_down_is_what_ran():
         run_training(config, pipe, emoji_animal_prompts, JPEGCompressibility(), folder)
         ran = yaml.safe_load((folder / "config.yaml").read_text())
         assert (ran["prompts"], ran["reward"]) == ("emoji_animal_prompts", "jpeg_compressibility")
+        run_training(config, pipe, a_fox, partial(JPEGCompressibility()), Path(runs) / "again")
+        ran = yaml.safe_load((Path(runs) / "again" / "config.yaml").read_text())
+        assert ran["pipeline"] == str(folder / "pipeline")
+        assert ran["reward"] == "ddpo_scratch.rewards:JPEGCompressibility"
         assert not (folder / "UNFINISHED.txt").exists()
 
 
 def test_ctrl_c_ends_in_one_sentence():
     "A real process, a real signal in the second epoch: what is kept is said, and no half is left."
     with TemporaryDirectory() as place:
+        early = subprocess.Popen([*COMMAND, *FLAGS], cwd=place, text=True, stderr=subprocess.PIPE)
+        time.sleep(1.5)
+        early.send_signal(signal.SIGINT)
+        _, said = early.communicate(timeout=60)
+        assert early.returncode == 130 and said == (
+            "\nddpo_train: stopped by Ctrl-C. Nothing was written.\n")
         flags = [*FLAGS, "--num_epochs", "1000", "--name", "long"]
         folder = Path(place) / "runs" / "long"
         run = subprocess.Popen([*COMMAND, *flags], cwd=place, text=True,
@@ -233,7 +245,7 @@ def test_no_room_ends_in_one_sentence():
         (Path(folder) / "elsewhere").mkdir()
         (Path(folder) / "elsewhere" / "runs").write_text("a file where a folder should be")
         said = last_line(ddpo_train(Path(folder) / "elsewhere", *FLAGS))
-        assert said.startswith("ddpo_train: [Errno") and "runs" in said
+        assert said.startswith("ddpo_train: [Errno") and said.endswith("Nothing was written.")
 
 
 def test_a_ruined_model_is_neither_praised_nor_saved():

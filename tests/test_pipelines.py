@@ -75,6 +75,11 @@ def test_what_a_configuration_says_stays():
                 set_alpha_to_one=True, steps_offset=0, num_train_timesteps=500)
     ours = ddim_scheduler(DDIMScheduler(**BETAS, **said).config).config
     assert {name: ours[name] for name in said} == said
+    for other in (diffusers.FlowMatchEulerDiscreteScheduler(), diffusers.EDMEulerScheduler()):
+        with pytest.raises(ValueError, match="has no schedule of betas"):
+            ddim_scheduler(other.config)
+    with pytest.raises(ValueError, match="DDPMScheduler cannot be turned into DDIM: sigmoid"):
+        ddim_scheduler(diffusers.DDPMScheduler(beta_schedule="sigmoid").config)
     euler = diffusers.EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing")
     assert ddim_scheduler(euler.config).config.timestep_spacing == "trailing"
 
@@ -83,6 +88,9 @@ def test_bad_names_and_devices():
     "Each message says what was given and what to do."
     with pytest.raises(ValueError, match="'emojis'.*'emoji'.*hub id"):
         load_pipeline("emojis")
+    for name in ("./emojis", "~/emojis", "/emojis", "emojis/", "a/b/c"):
+        with pytest.raises(ValueError, match="unknown pipeline"):
+            load_pipeline(name)
     with pytest.raises(TypeError, match="not by a int"):
         load_pipeline(4)
     for device, reason in (("gpu", "no device of that name"), ("meta", "holds no data"),

@@ -66,7 +66,8 @@ def test_prompts_from_a_file():
     "One a line; comments and blank lines do not count; what cannot be read says so."
     with TemporaryDirectory() as folder:
         path = Path(folder) / "mine.txt"
-        path.write_bytes("# views\r\n\r\n  a fox at dawn \r\nein Löwe, groß\n\n#a cat".encode())
+        text = "\ufeff# views\r\n\r\n  a fox at dawn \r\nein Löwe, groß\n\n#a cat"
+        path.write_bytes(text.encode())
         draw = PromptFile(str(path))
         assert {draw() for _ in range(50)} == {"a fox at dawn", "ein Löwe, groß"}
         for content, match in ((b"", "no prompt in"), (b"# nothing\n \n", "no prompt in"),

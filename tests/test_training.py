@@ -60,7 +60,7 @@ def test_of_two_counts_one_will_do():
     "buffer_size and min_count: each follows from the other where only one is given."
     def counts(config): return config.buffer_size, config.min_count
     for make in (DDPOConfig, lambda **changes: make_config("emoji", **changes)):
-        assert counts(make(buffer_size=8)) == (8, 4) and counts(make(buffer_size=1)) == (1, 1)
+        assert counts(make(buffer_size=8)) == (8, 4) and counts(make(buffer_size=2)) == (2, 2)
         assert counts(make(min_count=500)) == (1000, 500)
         assert counts(make(min_count=3, buffer_size=5)) == (5, 3)
     with pytest.raises(ValueError, match="min_count 6 can never be reached in a buffer of 5"):
@@ -311,7 +311,8 @@ BAD = (("num_epochs", 0), ("batch_size", -1), ("num_timesteps", 2.5), ("img_size
        ("cfg", -1), ("kl_coef", -1), ("weight_decay", -1), ("samples_per_prompt", 0),
        ("seed", -1), ("seed", 2**31), ("num_eval_samples", 0),
        ("batch_size", True), ("timestep_fraction", 0), ("timestep_fraction", 1.1), ("lr", True),
-       ("buffer_size", 0), ("min_count", 0), ("buffer_size", "8"))
+       ("buffer_size", 0), ("min_count", 0), ("buffer_size", "8"), ("buffer_size", 1),
+       ("min_count", 1), ("lr", 1e38), ("weight_decay", float("inf")))
 
 
 def test_bad_configurations():
