@@ -54,17 +54,29 @@ from ddpo_scratch.training import (
 )
 
 # %% ../nbs/08_cli.ipynb 5
+@contextmanager
+def at_one_stroke(
+    path: Path,  # of a file or a folder
+):
+    "A name to write to, which becomes `path` if all goes well and is gone if it does not."
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
 def write_file(
     path: Path,
     content: str | bytes,
 ) -> None:
     "Write a file at one stroke."
-    part = path.with_name(path.name + ".part")
-    try:
+    with at_one_stroke(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def csv_text(
@@ -83,19 +95,6 @@ def png_bytes(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
     return buffer.getvalue()
-
-
-def save_pipeline(
-    pipe: StableDiffusionPipeline,
-    path: Path,
-) -> None:
-    "The pipeline's folder at one stroke."
-    part = path.with_name(path.name + ".part")
-    try:
-        pipe.save_pretrained(part)
-        os.replace(part, path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/08_cli.ipynb 6
 def reward_curve(
@@ -324,7 +323,8 @@ def run_training(
         write_file(folder / "evaluation.csv", csv_text([
             {"prompt": prompt, "before": old, "after": new}
             for prompt, old, new in zip(prompts, before.tolist(), after.tolist())]))
-        save_pipeline(pipe, folder / "pipeline")
+        with at_one_stroke(folder / "pipeline") as part:
+            pipe.save_pretrained(part)
     pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # no longer what it was
 
 # %% ../nbs/08_cli.ipynb 17

@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from .prompts import emoji_animals
+from .prompts import captioned, emoji_animals
 from .rewards import new_classifier, new_judge, share_right
 from .sampling import decoding_fn
 from .training import progress_bars
@@ -70,8 +70,7 @@ def caption(
     phrasing: str,  # one of `PHRASINGS`, or "" for the empty prompt of guidance
 ) -> str:
     "The animal's name in a phrasing."
-    a_name = f"{'an' if animal[0] in 'aeiou' else 'a'} {animal}"
-    return phrasing.format(name=animal, a_name=a_name)
+    return phrasing.format(name=animal, a_name=captioned(animal))
 
 
 def make_tokenizer(
@@ -324,7 +323,7 @@ def named_right(
     "Share of generated pictures in which the judge sees the animal asked for. Chance is 1/124."
     right = []
     for seed in range(seeds):
-        prompts = [caption(animal, "{a_name}") for animal in emoji_animals()]
+        prompts = [captioned(animal) for animal in emoji_animals()]
         latents = pipe(prompts, guidance_scale=guidance_scale,
                        num_inference_steps=num_inference_steps, eta=1.0,
                        generator=torch.Generator().manual_seed(seed), output_type="latent").images

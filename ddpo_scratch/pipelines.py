@@ -28,7 +28,7 @@ def default_device(
         problem = "it holds no data." if device.type == "meta" else None
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         known = isinstance(device, torch.device)
-        problem = f"{error}".splitlines()[0] if known else "PyTorch knows no device of that name."
+        problem = str(error).splitlines()[0] if known else "PyTorch knows no device of that name."
     if problem:
         raise ValueError(f"device {name!r} cannot be used here: {problem.rstrip('.')}. "
                          "Give 'cpu', 'cuda' or 'cuda:1'.")
@@ -46,7 +46,7 @@ def pipeline_source(
         return str(files("ddpo_scratch") / "emoji")
     if (Path(name) / "model_index.json").is_file():
         return name
-    owner, slash, model = name.partition("/")
+    owner, _, model = name.partition("/")
     if owner and model and "/" not in model and owner[0] not in ".~" and not Path(name).is_dir():
         return name
     inside = Path(name) / "pipeline"
@@ -66,8 +66,8 @@ def ddim_scheduler(
     if "beta_schedule" not in config:
         raise ValueError(f"{name} has no schedule of betas, so it cannot be turned into DDIM, "
                          "whose steps are what is trained (flow models are not supported).")
-    unsaid = {name for name in config.get("_use_default_values", ()) if not name.startswith("beta")}
-    said = {name: value for name, value in config.items() if name not in unsaid}
+    unsaid = {key for key in config.get("_use_default_values", ()) if not key.startswith("beta")}
+    said = {key: value for key, value in config.items() if key not in unsaid}
     said.pop("_use_default_values", None)
     said = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1) | said
     spacing = said.get("timestep_spacing", "leading")

@@ -49,10 +49,17 @@ def with_article(noun: str) -> str:  # "an owl", "a fox", "a unicorn"
     return f"{'an' if an else 'a'} {noun}"
 
 # %% ../nbs/01_prompts.ipynb 10
+def captioned(
+    animal: str,
+) -> str:  # "an owl", "a fox", and "an unicorn"
+    "The animal with its article as in the captions that the embedded model was trained on."
+    return f"{'an' if animal[0] in 'aeiou' else 'a'} {animal}"
+
+# %% ../nbs/01_prompts.ipynb 11
 @lru_cache
 def emoji_prompts() -> tuple[str, ...]:  # 123 of them, such as "a polar bear"
     "The embedded model's animals with their article, in the words that it was trained on."
-    trained = {f"{'an' if animal[0] in 'aeiou' else 'a'} {animal}" for animal in emoji_animals()}
+    trained = set(map(captioned, emoji_animals()))
     return tuple(prompt for prompt in map(with_article, emoji_animals()) if prompt in trained)
 
 
@@ -60,7 +67,7 @@ def emoji_animal_prompts() -> str:  # such as "a polar bear"
     "One of the embedded model's animals with its article, drawn with Python's `random`."
     return random.choice(emoji_prompts())
 
-# %% ../nbs/01_prompts.ipynb 13
+# %% ../nbs/01_prompts.ipynb 14
 COMMON_ANIMALS = tuple("""
     cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox
     wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog
@@ -83,9 +90,9 @@ def emoji_common_animal_prompts() -> str:  # such as "a honeybee"
     "One of the 44 common animals that the embedded model knows, drawn with Python's `random`."
     return random.choice(emoji_common_prompts())
 
-# %% ../nbs/01_prompts.ipynb 16
+# %% ../nbs/01_prompts.ipynb 17
 class PromptFile:
-    "Draws prompts from a text file, one a line; blank lines and those that begin with # are not."
+    "Draws prompts from a text file, one a line; blank lines and those with a # first are skipped."
 
     def __init__(
         self,
@@ -106,7 +113,7 @@ class PromptFile:
     def __call__(self) -> str:
         return random.choice(self.prompts)
 
-# %% ../nbs/01_prompts.ipynb 18
+# %% ../nbs/01_prompts.ipynb 19
 class PromptDataset(Dataset):
     "`num` prompts, each drawn afresh from `prompt_fn` when it is looked at."
 

@@ -13,6 +13,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -151,12 +152,18 @@ class JPEGCompressibility:
         return -torch.tensor([jpeg_kilobytes(image) for image in images])
 
 # %% ../nbs/03_rewards.ipynb 25
+@lru_cache
+def animal_pattern() -> re.Pattern:
+    "Finds the embedded model's animals in a text, the longest name that fits."
+    longest_first = sorted(emoji_animals(), key=len, reverse=True)
+    return re.compile(rf"\b({'|'.join(longest_first)})\b")
+
+
 def animal_in(
     prompt: str,
 ) -> str:        # one of `emoji_animals()`
     "The animal that the prompt names. `ValueError` if it names none of the 124, or several."
-    longest_first = sorted(emoji_animals(), key=len, reverse=True)
-    found = set(re.findall(rf"\b({'|'.join(longest_first)})\b", prompt.lower()))
+    found = set(animal_pattern().findall(prompt.lower()))
     if len(found) != 1:
         named = f"names {len(found)} animals ({', '.join(sorted(found))})" if found else (
             "names no animal that the embedded classifier knows")

@@ -61,9 +61,11 @@ def tell_of_long_prompts(
     pipe: StableDiffusionPipeline,
 ) -> None:
     "Warn, once for each tokenizer, of a prompt that is longer than the text encoder reads."
+    if pipe.tokenizer in _told_of_long_prompts:
+        return
     limit = pipe.tokenizer.model_max_length
     lengths = [len(ids) for ids in pipe.tokenizer(prompts).input_ids]
-    if max(lengths) > limit and pipe.tokenizer not in _told_of_long_prompts:
+    if max(lengths) > limit:
         _told_of_long_prompts.add(pipe.tokenizer)
         longest = prompts[np.argmax(lengths)]
         logging.getLogger("ddpo_scratch").warning(

@@ -169,10 +169,9 @@ def make_config(
     "A preset with changes. `ValueError` with the known presets if there is none of that name."
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}. Known: {', '.join(sorted(PRESETS))}.")
-    for given, derived in (("buffer_size", "min_count"), ("min_count", "buffer_size")):
-        if given in changes and derived not in changes:
-            changes[derived] = None
-            break
+    counts = {"buffer_size", "min_count"}
+    if len(counts & changes.keys()) == 1:  # the other follows from it
+        changes.update(dict.fromkeys(counts - changes.keys()))
     return replace(PRESETS[preset], **changes)
 
 # %% ../nbs/06_training.ipynb 11
