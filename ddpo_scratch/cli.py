@@ -31,13 +31,15 @@ from matplotlib.figure import Figure
 from safetensors import SafetensorError
 
 from .pipelines import load_pipeline, pipeline_source
-from .prompts import emoji_animals, emoji_prompts
+from .prompts import PromptFile, emoji_animals, emoji_prompts
 from ddpo_scratch.rewards import (
     REWARDS,
+    WeightedSum,
+    animal_in,
     check_reward_fn,
-    check_reward_name,
     load_judge,
     make_reward,
+    reward_weights,
     share_right,
 )
 from ddpo_scratch.training import (
@@ -179,7 +181,8 @@ def run_folder(
 ) -> Path:             # new and empty
     "Make the folder that a run will leave. `ValueError` where its name cannot be had."
     check_run_name(name, runs)
-    stem = f"{Path(config.pipeline).name}-{config.reward}"
+    reward = re.sub(r"[^\w.-]+", "-", config.reward.strip())  # no colons or commas of a sum
+    stem = f"{Path(config.pipeline).name}-{reward[:60]}"
     for candidate in [name] if name else (f"{stem}-{number}" for number in count(1)):
         with suppress(FileExistsError):
             (runs / candidate).mkdir(parents=True)
@@ -198,14 +201,19 @@ def what_ran(
         while isinstance(thing, partial): thing = thing.func
         thing = thing if hasattr(thing, "__qualname__") else type(thing)
         return f"{thing.__module__}:{thing.__qualname__}"
+    def named(reward_fn):
+        if isinstance(reward_fn, WeightedSum):
+            return ",".join(f"{named(reward_fn.rewards[part])}:{str(weight).removesuffix('.0')}"
+                            for part, weight in reward_fn.weights.items())
+        return next((name for name, cls in REWARDS.items() if type(reward_fn) is cls),
+                    called(reward_fn))
     source = pipe.config.get("_name_or_path") or called(pipe)
     return replace(
         config,
         pipeline="emoji" if source == pipeline_source("emoji") else str(source),
         prompts=next((name for name, fn in PROMPTS.items() if fn is prompt_fn),
                      str(getattr(prompt_fn, "path", called(prompt_fn)))),
-        reward=next((name for name, cls in REWARDS.items() if type(reward_fn) is cls),
-                    called(reward_fn)),
+        reward=named(reward_fn),
         device=str(pipe.device))
 
 # %% ../nbs/08_cli.ipynb 12
@@ -255,11 +263,11 @@ class Progress:
         pipe: StableDiffusionPipeline,
         prompts: list[str],
         path: Path,             # of the picture
-        looks: int = 8,         # columns beside the first, about
+        looks: int = 8,         # columns beside the first, at most
     ):
         self.config, self.pipe, self.path = config, pipe, path
         self.prompts = list(dict.fromkeys(prompts))[:6]
-        self.every = -(-config.num_epochs // looks)
+        self.shown = {round(config.num_epochs * k / looks) for k in range(1, looks + 1)}
         self.columns, self.titles = [], []
         self.look("before")
 
@@ -271,7 +279,7 @@ class Progress:
         write_file(self.path, png_bytes(strip))
 
     def after(self, epoch: int) -> None:
-        if epoch % self.every == 0 or epoch == self.config.num_epochs:
+        if epoch in self.shown:
             self.look(f"epoch {epoch}")
 
 
@@ -343,7 +351,7 @@ GROUPS = {
 
 DESCRIPTION = """Train a text-to-image model on a reward with DDPO.
 
-Without flags: the embedded emoji model and JPEG compressibility, a few minutes on two CPU cores.
+Without flags: the embedded emoji model learns to follow prompts, a few minutes on two CPU cores.
 `--preset blog`: Stable Diffusion 1.4 and the LAION aesthetic predictor, on a GPU.
 
 Three flags to touch first: --reward says what is wanted, --num_epochs how long to go on, --lr how
@@ -359,7 +367,7 @@ def flags_type(
     def flag(name, kind, meaning, default):
         return name, Annotated[kind, tyro.conf.arg(help=meaning)], field(default=default)
     for name, known in (("prompts", PROMPTS), ("reward", REWARDS)):
-        meanings[name] += f": {', '.join(sorted(known))}"
+        meanings[name] += f". Known: {', '.join(sorted(known))}"
     groups = []
     for group, (meaning, names) in GROUPS.items():
         part = make_dataclass(group, [
@@ -378,11 +386,11 @@ def parse(
     "Flags to configuration. `ValueError` for values that cannot be; tyro exits for unknown flags."
     first = argparse.ArgumentParser("ddpo_train", add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="emoji")
-    first.add_argument("--buffer_size", "--buffer-size")
-    first.add_argument("--min_count", "--min-count")
+    for name in ("buffer_size", "min_count", "samples_per_prompt", "num_samples_per_epoch"):
+        first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     given = vars(first.parse_known_args(argv)[0])
     preset = given.pop("preset")
-    counts = {name: int(value) for name, value in given.items() if value and value.isdigit()}
+    counts = {name: int(value) for name, value in given.items() if value and value.isdecimal()}
     flags = tyro.cli(
         flags_type(make_config(preset, **counts)), prog="ddpo_train", description=DESCRIPTION,
         args=argv, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
@@ -390,6 +398,21 @@ def parse(
     return DDPOConfig(**values), flags.name
 
 # %% ../nbs/08_cli.ipynb 20
+def check_prompts(
+    config: DDPOConfig,
+    prompt_fn: Callable[[], str],
+) -> None:
+    "`ValueError` where the reward asks for an animal and a prompt names none, before any work."
+    if "animal" in reward_weights(config.reward):
+        prompts = prompt_fn.prompts if isinstance(prompt_fn, PromptFile) else {
+            prompt_fn() for _ in range(1000)}
+        for prompt in prompts:
+            try:
+                animal_in(prompt)
+            except ValueError as error:
+                raise ValueError(f"{error} Give other --prompts, or another --reward.") from error
+
+
 def prepare(
     argv: list[str],  # the command's arguments
     runs: Path,       # the folder of all runs
@@ -397,7 +420,7 @@ def prepare(
     "Everything that can be refused, cheap things first."
     config, name = parse(argv)
     prompt_fn = make_prompt_fn(config.prompts)
-    check_reward_name(config.reward)
+    check_prompts(config, prompt_fn)
     check_run_name(name, runs)
     pipe = load_pipeline(config.pipeline, config.device)
     check_run(config, pipe)

@@ -5,17 +5,18 @@
 # %% auto 0
 __all__ = ['MLP', 'load_aesthetic_model_weights', 'aesthetic_model_normalize', 'aesthetic_scoring', 'AestheticReward',
            'JPEGIncompressibility', 'JPEGCompressibility', 'load_classifier', 'AnimalReward', 'load_judge',
-           'name_animals', 'share_right', 'make_reward']
+           'name_animals', 'share_right', 'WeightedSum', 'make_reward']
 
 # %% ../nbs/03_rewards.ipynb 3
 import inspect
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from importlib.resources import files
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +168,8 @@ def animal_in(
     if len(found) != 1:
         named = f"names {len(found)} animals ({', '.join(sorted(found))})" if found else (
             "names no animal that the embedded classifier knows")
-        raise ValueError(f"the prompt {prompt!r} {named}; one of emoji_animals() is wanted.")
+        raise ValueError(f"the prompt {prompt!r} {named}; the animal reward and the judge want "
+                         "exactly one of emoji_animals(), such as 'fox'.")
     return found.pop()
 
 
@@ -261,32 +263,6 @@ def share_right(
     return float(np.mean([animal_in(prompt) == name for prompt, name in zip(prompts, seen)]))
 
 # %% ../nbs/03_rewards.ipynb 32
-REWARDS: dict[str, type] = {  # a class that is an nn.Module has weights, and takes a device
-    "aesthetic": AestheticReward,
-    "animal": AnimalReward,
-    "jpeg_compressibility": JPEGCompressibility,
-    "jpeg_incompressibility": JPEGIncompressibility,
-}
-
-
-def check_reward_name(
-    name: str,  # a key of `REWARDS`
-) -> None:
-    "`ValueError` with the known rewards if there is none of that name; loads nothing."
-    if name not in REWARDS:
-        raise ValueError(f"unknown reward {name!r}. Known: {', '.join(sorted(REWARDS))}.")
-
-# %% ../nbs/03_rewards.ipynb 33
-def make_reward(
-    name: str,                                 # a key of `REWARDS`
-    device: str | torch.device | None = None,  # for rewards that have weights
-) -> Callable:                                 # reward_fn(images, prompts) → [B]
-    "The reward called `name`."
-    check_reward_name(name)
-    reward = REWARDS[name]
-    return reward(device=device) if issubclass(reward, nn.Module) else reward()
-
-# %% ../nbs/03_rewards.ipynb 35
 def check_reward_fn(
     reward_fn: Callable,  # a function, or an `nn.Module`
 ) -> None:
@@ -307,7 +283,7 @@ def check_reward_fn(
                         f"picture; this one is {name}{signature}. Wrap it in a function of these "
                         "two.") from None
 
-# %% ../nbs/03_rewards.ipynb 36
+# %% ../nbs/03_rewards.ipynb 33
 def to_array(
     values,        # numbers: a sequence, an array, or a tensor of any type on any device
 ) -> np.ndarray:   # on the CPU; tensors of floats as float64
@@ -346,3 +322,118 @@ def check_rewards(
             raise ValueError(f"the reward of picture {index}, prompt {prompts[index]!r}, "
                              f"is {reward}. Rewards must be finite.")
     return rewards
+
+# %% ../nbs/03_rewards.ipynb 35
+def check_weight(
+    name: str,  # of a reward in a sum
+    weight: float,
+) -> None:
+    "`TypeError` for no number, `ValueError` for 0 and for what is no sensible number."
+    if not isinstance(weight, Real) or isinstance(weight, bool):
+        raise TypeError(f"the weight of {name} must be a number, not {weight!r}.")
+    if not 0 < abs(weight) < 1e9:
+        raise ValueError(f"the weight of {name} must not be 0, and lie between -1e9 and 1e9; it is "
+                         f"{weight!r}.")
+
+# %% ../nbs/03_rewards.ipynb 36
+def origin_and_unit(
+    rewards: np.ndarray,  # float64, at least one
+) -> tuple[float, float]:
+    "Mean and standard deviation, of rewards of any size; the unit is 1 where all are equal."
+    offset, spread = rewards[0], np.abs(rewards - rewards[0]).max()
+    if spread == 0:
+        return float(offset), 1.0
+    scaled = (rewards - offset) / spread
+    return float(offset + spread * scaled.mean()), float(spread * scaled.std())
+
+# %% ../nbs/03_rewards.ipynb 37
+class WeightedSum:
+    """Several rewards as one: each counted from its mean, in its own deviations, weighted, added.
+
+    Means and deviations are those of the first pictures that it is shown (all of them, in
+    `evaluate`), and stay as they are: an object belongs to one run."""
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Callable],  # a name for each reward_fn(images, prompts) → [B]
+        weights: Mapping[str, float],     # how much a deviation of each counts; the same names
+    ):
+        for argument, value in (("rewards", rewards), ("weights", weights)):
+            if not isinstance(value, Mapping):
+                raise TypeError(f"{argument} must be a dict with a name for each reward, not a "
+                                f"{type(value).__name__}.")
+        if not rewards or rewards.keys() != weights.keys():
+            raise ValueError(f"a weight for each reward, please: rewards {list(rewards)}, weights "
+                             f"{list(weights)}.")
+        for name, reward_fn in rewards.items():
+            check_reward_fn(reward_fn)
+            check_weight(name, weights[name])
+            if isinstance(reward_fn, WeightedSum):
+                raise ValueError(f"{name} is a sum itself: put all parts into one.")
+        self.rewards = dict(rewards)
+        self.weights = {name: float(weights[name]) for name in rewards}
+        self.units: dict[str, tuple[float, float]] = {}  # origin and unit of each
+
+    def parts(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        "What each reward gives, [B] in its own unit. Errors name the part."
+        given = {}
+        for name, reward_fn in self.rewards.items():
+            returned = reward_fn(images, prompts)
+            try:
+                given[name] = check_rewards(returned, prompts)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"in the sum's part {name!r}: {error}") from error
+        return given
+
+    def settle(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        "Take means and deviations from what `parts` gave; the weighted sum of it, [B]."
+        self.units = {name: origin_and_unit(rewards.numpy()) for name, rewards in parts.items()}
+        return self.total(parts)
+
+    def total(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        counted = [self.weights[name] * (rewards - self.units[name][0]) / self.units[name][1]
+                   for name, rewards in parts.items()]
+        return torch.stack(counted).sum(0)
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> torch.Tensor:
+        parts = self.parts(images, prompts)
+        return self.total(parts) if self.units else self.settle(parts)
+
+# %% ../nbs/03_rewards.ipynb 40
+REWARDS: dict[str, type] = {  # a class that is an nn.Module has weights, and takes a device
+    "aesthetic": AestheticReward,
+    "animal": AnimalReward,
+    "jpeg_compressibility": JPEGCompressibility,
+    "jpeg_incompressibility": JPEGIncompressibility,
+}
+
+# %% ../nbs/03_rewards.ipynb 41
+def reward_weights(
+    name: str,  # a key of `REWARDS`, or several with weights: jpeg_compressibility:1,animal:2
+) -> dict[str, float]:  # a weight for each; 1 where none is given
+    "What a reward's name asks for; loads nothing. `ValueError` if there is none of that name."
+    weights = {}
+    for part in name.split(","):
+        reward, colon, weight = (word.strip() for word in part.partition(":"))
+        if reward not in REWARDS:
+            raise ValueError(f"unknown reward {reward!r}. Known: {', '.join(sorted(REWARDS))}; "
+                             "or a weighted sum without spaces: jpeg_compressibility:1,animal:2.")
+        if reward in weights:
+            raise ValueError(f"the reward {reward!r} stands twice in {name!r}.")
+        try:
+            weights[reward] = float(weight) if colon else 1.0
+        except ValueError:
+            raise ValueError(f"the weight of {reward} must be a number, not {weight!r}.") from None
+        check_weight(reward, weights[reward])
+    return weights
+
+# %% ../nbs/03_rewards.ipynb 42
+def make_reward(
+    name: str,                                 # as for `reward_weights`
+    device: str | torch.device | None = None,  # for rewards that have weights
+) -> Callable:                                 # reward_fn(images, prompts) → [B]
+    "The reward called `name`, or the `WeightedSum` that it asks for."
+    weights = reward_weights(name)
+    rewards = {part: REWARDS[part](device=device) if issubclass(REWARDS[part], nn.Module)
+               else REWARDS[part]() for part in weights}
+    return rewards.get(name.strip()) or WeightedSum(rewards, weights)

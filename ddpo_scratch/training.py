@@ -33,7 +33,7 @@ from ddpo_scratch.prompts import (
     emoji_common_animal_prompts,
     imagenet_animal_prompts,
 )
-from .rewards import check_reward_fn, check_rewards
+from .rewards import WeightedSum, check_reward_fn, check_rewards
 from ddpo_scratch.sampling import (
     check_finite,
     check_policy_arguments,
@@ -51,7 +51,7 @@ class DDPOConfig:
 
     pipeline: str = "CompVis/stable-diffusion-v1-4"  # "emoji", a local folder, or a hub id
     prompts: str = "imagenet_animal_prompts"  # a known name, or a text file with a prompt a line
-    reward: str = "aesthetic"  # a known name
+    reward: str = "aesthetic"  # a name, or a weighted sum: aesthetic:1,animal:2
     img_size: int = 512  # height and width of a picture, pixels, a multiple of 8
     seed: int = 0  # of prompts, noise and shuffling
 
@@ -87,7 +87,8 @@ class DDPOConfig:
         for field in fields(self):
             check_field(field.name, getattr(self, field.name))
         if self.buffer_size is None:
-            object.__setattr__(self, "buffer_size", 2 * self.min_count)
+            object.__setattr__(self, "buffer_size",
+                               max(2 * self.min_count, self.samples_per_prompt))
         if self.min_count is None:
             object.__setattr__(self, "min_count", max(2, self.buffer_size // 2))
         if self.min_count > self.buffer_size:
@@ -95,7 +96,8 @@ class DDPOConfig:
                              f"{self.buffer_size}: make buffer_size at least as large.")
         if self.num_samples_per_epoch % self.samples_per_prompt:
             raise ValueError(f"samples_per_prompt {self.samples_per_prompt} does not divide "
-                             f"num_samples_per_epoch {self.num_samples_per_epoch}.")
+                             f"num_samples_per_epoch {self.num_samples_per_epoch}: take a multiple "
+                             f"of {self.samples_per_prompt}, or samples_per_prompt 1.")
         if self.samples_per_prompt > self.buffer_size:
             raise ValueError(f"samples_per_prompt {self.samples_per_prompt} does not fit into a "
                              f"buffer of {self.buffer_size}: make buffer_size at least as large.")
@@ -143,10 +145,10 @@ PROMPTS: dict[str, Callable[[], str]] = {fn.__name__: fn for fn in (
 PRESETS: dict[str, DDPOConfig] = {
     "blog": DDPOConfig(),
     "emoji": DDPOConfig(
-        pipeline="emoji", prompts="emoji_animal_prompts", reward="jpeg_compressibility",
-        img_size=64, num_epochs=29, num_timesteps=8, timestep_fraction=0.75, num_eval_samples=512,
-        lr=3e-4, anneal_lr=True, batch_size=16, cfg=3.0, clip_ratio=1e-2, buffer_size=256,
-        gradient_checkpointing=False),
+        pipeline="emoji", prompts="emoji_common_animal_prompts", reward="animal", img_size=64,
+        num_epochs=44, samples_per_prompt=16, num_timesteps=8, timestep_fraction=0.75,
+        num_eval_samples=512, lr=1.3e-4, batch_size=32, cfg=1.0, clip_ratio=3e-3, buffer_size=32,
+        min_count=8, gradient_checkpointing=False),
 }
 
 
@@ -370,15 +372,22 @@ def evaluate(
     "Pictures for these prompts, each always from the same noise, and their rewards."
     if len(prompts) == 0:
         raise ValueError("prompts is empty: give at least one prompt.")
-    images, rewards = [], []
+    images, rewards, parts = [], [], []
+    unsettled = isinstance(reward_fn, WeightedSum) and not reward_fn.units
+    def look(images, prompts):
+        parts.append(reward_fn.parts(images, prompts))
+        return torch.zeros(len(prompts))
     for start in range(0, len(prompts), config.sample_batch_size):
         batch = prompts[start : start + config.sample_batch_size]
         noise = noise_sources(config.seed, EVALUATION, range(start, start + len(batch)))
         imgs, scores, _, _ = sample_and_calculate_rewards(
-            batch, pipe, config.img_size, config.cfg, config.num_timesteps, decoding_fn, reward_fn,
-            pipe.device, config.eta, noise)
+            batch, pipe, config.img_size, config.cfg, config.num_timesteps, decoding_fn,
+            look if unsettled else reward_fn, pipe.device, config.eta, noise)
         images.append(imgs)
         rewards.append(scores)
+    if unsettled:  # its units are those of all these pictures
+        rewards = [reward_fn.settle({name: torch.cat([part[name] for part in parts])
+                                     for name in parts[0]})]
     return np.concatenate(images), torch.cat(rewards)
 
 # %% ../nbs/06_training.ipynb 27

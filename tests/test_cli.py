@@ -19,14 +19,22 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from ddpo_scratch.cli import GROUPS, check_run_name, parse, run_folder, run_training, write_file
+from ddpo_scratch.cli import (
+    GROUPS,
+    check_run_name,
+    parse,
+    run_folder,
+    run_training,
+    what_ran,
+    write_file,
+)
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.prompts import emoji_animal_prompts
-from ddpo_scratch.rewards import JPEGCompressibility
+from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum
 from ddpo_scratch.training import PRESETS, DDPOConfig, make_config
 
-SMALL = dict(num_epochs=2, num_samples_per_epoch=6, num_eval_samples=7, sample_batch_size=4,
-             batch_size=4, num_timesteps=2)
+SMALL = dict(num_epochs=2, num_samples_per_epoch=6, samples_per_prompt=1, num_eval_samples=7,
+             sample_batch_size=4, batch_size=4, num_timesteps=2)
 FLAGS = [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
 
 
@@ -102,8 +110,9 @@ def test_flags_and_presets():
     config, _ = parse(["--preset", "blog", "--lr", "3e-6", "--no_gradient_checkpointing",
                        "--device", "cpu"])
     assert config == make_config("blog", lr=3e-6, gradient_checkpointing=False, device="cpu")
-    for flags, counts in ((["--buffer_size", "8"], (8, 4)), (["--min_count=300"], (600, 300)),
-                          (["--buffer-size", "9", "--min_count", "2"], (9, 2))):
+    for flags, counts in ((["--buffer_size", "8", "--samples-per-prompt=1"], (8, 4)),
+                          (["--min_count=300"], (600, 300)),
+                          (["--buffer-size", "19", "--min_count", "2"], (19, 2))):
         config, _ = parse(flags)
         assert (config.buffer_size, config.min_count) == counts
     for flags, message in (("--preset blogg", "'blogg'. Known: blog, emoji"),
@@ -117,6 +126,7 @@ MISTAKES = {
     "--num_epochs 0": "num_epochs must be", "--prompts cats": "unknown prompt function 'cats'",
     "--preset blog --reward beauty": "unknown reward 'beauty'", "--eta 3": "eta = 3.0 asks",
     "--img_size 100": "img_size must be a multiple of 8", "--name ../x": "a run's name",
+    "--prompts imagenet_animal_prompts": "the prompt '", "--reward animal:x": "the weight of",
     "--device gpu": "device 'gpu' cannot", "--device meta": "device 'meta' cannot",
     "--name .hid": "a run's name must be a plain name that does not begin with a dot"}
 
@@ -137,7 +147,9 @@ def test_folders_and_files():
         with ThreadPoolExecutor(8) as pool:
             folders = list(pool.map(lambda _: run_folder(PRESETS["emoji"], None, runs), range(16)))
         assert sorted(folder.name for folder in folders) == sorted(
-            f"emoji-jpeg_compressibility-{number}" for number in range(1, 17))
+            f"emoji-animal-{number}" for number in range(1, 17))
+        both = make_config("emoji", reward="jpeg_compressibility:1,animal:0.5")
+        assert run_folder(both, None, runs).name == "emoji-jpeg_compressibility-1-animal-0.5-1"
         assert run_folder(PRESETS["emoji"], "mine", runs) == runs / "mine"
         with pytest.raises(ValueError, match="there already"): check_run_name("mine", runs)
         for name in ("", " ", "../x", "a/b", "..", ".hid"):
@@ -190,6 +202,9 @@ def test_what_is_written_down_is_what_ran():
         ran = yaml.safe_load((Path(runs) / "again" / "config.yaml").read_text())
         assert ran["pipeline"] == str(folder / "pipeline")
         assert ran["reward"] == "ddpo_scratch.rewards:JPEGCompressibility"
+        both = WeightedSum({"a": JPEGCompressibility(), "b": ThirdTime()}, {"a": 1, "b": -0.5})
+        assert what_ran(config, pipe, a_fox, both).reward == (
+            f"jpeg_compressibility:1,{__name__}:ThirdTime:-0.5")
         assert not (folder / "UNFINISHED.txt").exists()
 
 

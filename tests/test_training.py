@@ -11,7 +11,7 @@ import torch
 
 import ddpo_scratch.training as training
 from ddpo_scratch.pipelines import load_pipeline
-from ddpo_scratch.rewards import JPEGCompressibility
+from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum
 from ddpo_scratch.training import (
     EVALUATION,
     PRESETS,
@@ -28,8 +28,8 @@ from ddpo_scratch.training import (
     verdict,
 )
 
-TINY = dict(num_epochs=2, num_samples_per_epoch=7, sample_batch_size=3, batch_size=4,
-            num_timesteps=3)
+TINY = dict(num_epochs=2, num_samples_per_epoch=7, samples_per_prompt=1, sample_batch_size=3,
+            batch_size=4, num_timesteps=3)
 
 
 def redness(images, prompts):
@@ -59,10 +59,11 @@ def test_presets_are_the_blogs_and_its_miniature():
 def test_of_two_counts_one_will_do():
     "buffer_size and min_count: each follows from the other where only one is given."
     def counts(config): return config.buffer_size, config.min_count
-    for make in (DDPOConfig, lambda **changes: make_config("emoji", **changes)):
+    for make in (DDPOConfig, lambda **changes: make_config("blog", **changes)):
         assert counts(make(buffer_size=8)) == (8, 4) and counts(make(buffer_size=2)) == (2, 2)
         assert counts(make(min_count=500)) == (1000, 500)
         assert counts(make(min_count=3, buffer_size=5)) == (5, 3)
+    assert counts(make_config("emoji", min_count=4)) == (16, 4)  # a whole group
     with pytest.raises(ValueError, match="min_count 6 can never be reached in a buffer of 5"):
         make_config("blog", min_count=6, buffer_size=5)
 
@@ -205,6 +206,21 @@ def test_sample_batch_size_changes_no_result():
     assert (change - again).norm() < 0.05 * change.norm()
 
 
+def test_a_sum_takes_its_units_from_all_evaluation_pictures():
+    "In batches of any size, once: later pictures are measured in the same units."
+    pipe = load_pipeline("emoji", "cpu")
+    config = make_config("emoji", **TINY | dict(sample_batch_size=3, num_eval_samples=7))
+    prompts = fresh_prompts(config, make_prompt_fn("emoji_animal_prompts"))
+    parts = {"size": JPEGCompressibility(), "red": redness}
+    size, red = (evaluate(config, pipe, prompts, part)[1].numpy() for part in parts.values())
+    both = WeightedSum(parts, {"size": 1.0, "red": -2.0})
+    expected = (size - size.mean()) / size.std() - 2 * (red - red.mean()) / red.std()
+    np.testing.assert_allclose(evaluate(config, pipe, prompts, both)[1], expected, rtol=1e-6)
+    few = evaluate(config, pipe, prompts[:2], both)[1]
+    np.testing.assert_allclose(few, expected[:2], atol=0.5)  # grey levels differ by rounding
+    assert len(both.units) == 2 and both.units["size"][0] == pytest.approx(size.mean())
+
+
 def test_every_sample_has_noise_of_its_own():
     "Of 20,000 samples, of training and evaluation, of neighbouring seeds, no two begin alike."
     first = [torch.randn(2, generator=source)
@@ -220,8 +236,9 @@ def test_training_raises_the_reward():
     "Six epochs of 64: the redness of fresh pictures rises by more than a standard deviation."
     pipe, prompt_fn = load_pipeline("emoji", "cpu"), make_prompt_fn("emoji_animal_prompts")
     config = make_config(
-        "emoji", num_epochs=6, num_samples_per_epoch=64, num_eval_samples=64, sample_batch_size=64,
-        num_timesteps=5, timestep_fraction=0.6, cfg=1.0, lr=5e-4)
+        "emoji", num_epochs=6, num_samples_per_epoch=64, samples_per_prompt=1, num_eval_samples=64,
+        sample_batch_size=64, num_timesteps=5, timestep_fraction=0.6, cfg=1.0, lr=5e-4,
+        anneal_lr=True, batch_size=16, clip_ratio=1e-2, buffer_size=256)
     prompts = fresh_prompts(config, prompt_fn)
     _, before = evaluate(config, pipe, prompts, redness)
     assert fresh_prompts(config, prompt_fn) == prompts

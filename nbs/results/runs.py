@@ -1,0 +1,139 @@
+"""The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
+
+All but the last train; beside this file they leave a table, a line for each look at fresh pictures
+on the way, and for chapter 9 a strip of pictures for each run. `right` looks at what
+`ddpo_train --seed N --name seedN` has left in runs/seed0, runs/seed1 and runs/seed2, whose
+metrics.csv are seed0.csv, seed1.csv and seed2.csv here.
+"""
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ddpo_scratch.cli import csv_text, png_bytes, progress_strip, write_file
+from ddpo_scratch.pipelines import load_pipeline
+from ddpo_scratch.rewards import (
+    JPEGCompressibility,
+    load_classifier,
+    load_judge,
+    make_reward,
+    share_right,
+)
+from ddpo_scratch.training import evaluate, fresh_prompts, make_config, make_prompt_fn, train
+
+HERE = Path(__file__).parent
+kilobytes, judge, classifier = JPEGCompressibility(), load_judge(), load_classifier()
+
+# Chapter 4. The preset with each of three answers to "better than what?".
+GROUPS = {
+    "batch": dict(samples_per_prompt=1, min_count=256),  # a prompt's own are never enough
+    "running": dict(samples_per_prompt=1, buffer_size=32, min_count=8),
+    "groups": dict(samples_per_prompt=16, buffer_size=32, min_count=8),
+}
+
+# Chapter 9. A reward that does not read the prompt, first with large steps; then the cures.
+GAMED = dict(reward="jpeg_compressibility", cfg=3.0, samples_per_prompt=1, batch_size=16)
+SMALL_STEPS = GAMED | dict(num_epochs=16, lr=1.5e-4)
+CURES = {
+    "in haste": GAMED | dict(num_epochs=10, lr=3e-4, clip_ratio=1e-2, min_count=256),
+    "compressibility alone": SMALL_STEPS,
+    "with the animal reward": SMALL_STEPS | dict(reward="jpeg_compressibility:1,animal:2"),
+    "with a KL penalty": SMALL_STEPS | dict(kl_coef=1.0),
+}
+
+
+
+def watched(
+    name: str,       # of the run, for the table
+    config,          # `DDPOConfig`
+    looked_at: int,  # how many fresh pictures
+    every: int,      # epochs from look to look
+    strip: Path | None = None,  # where to leave the pictures of six prompts
+) -> list[dict]:     # a row for each look
+    "Train, and look at fresh pictures on the way: how large, and how many right animals?"
+    pipe, rows, looks = load_pipeline(config.pipeline, "cpu"), [], []
+    prompt_fn, reward_fn = make_prompt_fn(config.prompts), make_reward(config.reward, "cpu")
+    prompts = fresh_prompts(config, prompt_fn)
+    evaluate(config, pipe, prompts, reward_fn)  # as the command does; a sum takes its units here
+    prompts = prompts[:looked_at]
+
+    def look(epoch, seconds):
+        images, sizes = evaluate(config, pipe, prompts, kilobytes)
+        looks.append((epoch, images))
+        rows.append({
+            "run": name, "seed": config.seed, "epoch": epoch, "seconds": round(seconds, 1),
+            "kilobytes": round(-sizes.mean().item(), 4),
+            "right": round(share_right(images, prompts, judge), 4)})
+        print(rows[-1], flush=True)
+
+    def on_epoch(row):
+        nonlocal seconds
+        seconds += row["seconds"]
+        if row["epoch"] % every == 0: look(row["epoch"], seconds)
+
+    seconds = 0.0
+    look(0, seconds)
+    train(config, pipe, prompt_fn, reward_fn, on_epoch)
+    if strip:
+        first = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:6]
+        shown = looks if len(looks) <= 6 else looks[::2]
+        columns = [images[first] for _, images in shown]
+        titles = [f"epoch {epoch}" if epoch else "before" for epoch, _ in shown]
+        figure = progress_strip(columns, titles, [prompts[i] for i in first])
+        write_file(strip, png_bytes(figure))
+    return rows
+
+
+def nothing(images, prompts):
+    return np.zeros(len(prompts))
+
+
+def groups():
+    "Chapter 4."
+    return [row for seed in (0, 1) for name, changes in GROUPS.items()
+            for row in watched(name, make_config(
+                "emoji", seed=seed, num_epochs=24, **changes), 256, 4)]
+
+
+def reinforce():
+    "Chapter 5: all pictures of an epoch in one update, so that every ratio is 1."
+    return [row for seed in (0, 1) for row in watched("reinforce", make_config(
+        "emoji", seed=seed, num_epochs=24, batch_size=128), 256, 4)]
+
+
+def gamed():
+    "Chapter 9."
+    return [row for name, changes in CURES.items() for row in watched(
+        name, make_config("emoji", **changes), 128, 2,
+        HERE / f"gamed_{name.replace(' ', '_')}.png")]
+
+
+def right():
+    "Right animals without and with guidance before training, and without it after; chapter 7."
+    rows = []
+    for seed in (0, 1, 2):
+        for model, guidance in (("untrained", 1.0), ("untrained", 3.0), ("untrained", 5.0),
+                                ("trained", 1.0)):
+            config = make_config("emoji", seed=seed, cfg=guidance)
+            pipe = load_pipeline("emoji" if model == "untrained" else f"runs/seed{seed}/pipeline")
+            prompts = fresh_prompts(config, make_prompt_fn(config.prompts))
+            start = time.perf_counter()
+            images, _ = evaluate(config, pipe, prompts, nothing)
+            seconds = time.perf_counter() - start
+            rows.append({
+                "seed": seed, "model": model, "guidance": guidance,
+                "right": round(share_right(images, prompts, judge), 4),
+                "classifier": round(share_right(images, prompts, classifier), 4),
+                "milliseconds": round(1000 * seconds / len(prompts), 1)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+TABLES = {function.__name__: function for function in (groups, reinforce, gamed, right)}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=TABLES, nargs="+")
+    for table in parser.parse_args().table:
+        write_file(HERE / f"{table}.csv", csv_text(TABLES[table]()))
