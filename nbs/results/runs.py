@@ -1,4 +1,4 @@
-"""The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
+"""The runs behind the chapters' tables: `python nbs/results/runs.py groups gamed right`.
 
 All but the last train; beside this file they leave a table, a line for each look at fresh pictures
 on the way, and for chapter 9 a strip of pictures for each run. `right` looks at what
@@ -96,12 +96,6 @@ def groups():
                 "emoji", seed=seed, num_epochs=24, **changes), 256, 4)]
 
 
-def reinforce():
-    "Chapter 5: all pictures of an epoch in one update, so that every ratio is 1."
-    return [row for seed in (0, 1) for row in watched("reinforce", make_config(
-        "emoji", seed=seed, num_epochs=24, batch_size=128), 256, 4)]
-
-
 def gamed():
     "Chapter 9."
     return [row for name, changes in CURES.items() for row in watched(
@@ -130,7 +124,7 @@ def right():
     return rows
 
 
-TABLES = {function.__name__: function for function in (groups, reinforce, gamed, right)}
+TABLES = {function.__name__: function for function in (groups, gamed, right)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
