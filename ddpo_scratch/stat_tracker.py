@@ -64,5 +64,6 @@ class PerPromptStatTracker:
             queue = self.stats.setdefault(str(prompt), deque(maxlen=self.buffer_size))
             queue.extend(rewards[mine].tolist())
             usual = np.array(queue) if len(queue) >= self.min_count else rewards
-            advantages[mine] = standardise(rewards[mine], usual)
+            limit = np.finfo(np.float32).max
+            advantages[mine] = standardise(rewards[mine], usual).clip(-limit, limit)
         return advantages
