@@ -165,6 +165,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'ddpo_scratch.rewards.origin_and_unit': ('rewards.html#origin_and_unit', 'ddpo_scratch/rewards.py'),
                                       'ddpo_scratch.rewards.reward_weights': ('rewards.html#reward_weights', 'ddpo_scratch/rewards.py'),
                                       'ddpo_scratch.rewards.share_right': ('rewards.html#share_right', 'ddpo_scratch/rewards.py'),
+                                      'ddpo_scratch.rewards.spread_of': ('rewards.html#spread_of', 'ddpo_scratch/rewards.py'),
                                       'ddpo_scratch.rewards.to_array': ('rewards.html#to_array', 'ddpo_scratch/rewards.py')},
             'ddpo_scratch.sampling': { 'ddpo_scratch.sampling.Schedule': ('sampling.html#schedule', 'ddpo_scratch/sampling.py'),
                                        'ddpo_scratch.sampling.Schedule.to': ('sampling.html#schedule.to', 'ddpo_scratch/sampling.py'),

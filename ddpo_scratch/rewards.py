@@ -336,15 +336,21 @@ def check_weight(
                          f"{weight!r}.")
 
 # %% ../nbs/03_rewards.ipynb 36
+def spread_of(
+    rewards: np.ndarray,  # float64, at least one
+) -> tuple[float, float, float, float]:  # offset, spread (0: all equal); mean, deviation in these
+    "Where rewards lie, in a unit of their own, so that no scale rounds it away."
+    offset, spread = rewards[0], np.abs(rewards - rewards[0]).max()
+    scaled = (rewards - offset) / (spread or 1.0)
+    return offset, spread, scaled.mean(), scaled.std()
+
+
 def origin_and_unit(
     rewards: np.ndarray,  # float64, at least one
 ) -> tuple[float, float]:
     "Mean and standard deviation, of rewards of any size; the unit is 1 where all are equal."
-    offset, spread = rewards[0], np.abs(rewards - rewards[0]).max()
-    if spread == 0:
-        return float(offset), 1.0
-    scaled = (rewards - offset) / spread
-    return float(offset + spread * scaled.mean()), float(spread * scaled.std())
+    offset, spread, mean, deviation = spread_of(rewards)
+    return float(offset + spread * mean), float(spread * deviation) or 1.0
 
 # %% ../nbs/03_rewards.ipynb 37
 class WeightedSum:

@@ -12,19 +12,18 @@ from numbers import Integral
 
 import numpy as np
 
-from .rewards import to_array
+from .rewards import spread_of, to_array
 
 # %% ../nbs/04_stat_tracker.ipynb 4
 def standardise(
     rewards: np.ndarray,  # float64, [B]
     usual: np.ndarray,    # what they are measured against, float64, at least one
 ) -> np.ndarray:          # float64, [B]; zeros where all that is usual is equal
-    "(r − mean) / deviation, in a unit of the spread's own, so that no scale rounds it away."
-    offset, spread = usual[0], np.abs(usual - usual[0]).max()
+    "(r − mean) / deviation, counted in the spread's own unit."
+    offset, spread, mean, deviation = spread_of(usual)
     if spread == 0:
         return np.zeros_like(rewards)
-    rewards, usual = (rewards - offset) / spread, (usual - offset) / spread
-    return (rewards - usual.mean()) / usual.std()
+    return ((rewards - offset) / spread - mean) / deviation
 
 # %% ../nbs/04_stat_tracker.ipynb 5
 class PerPromptStatTracker:
@@ -58,12 +57,11 @@ class PerPromptStatTracker:
             first = np.flatnonzero(~np.isfinite(rewards))[0]
             raise ValueError(f"reward {first}, of prompt {str(prompts[first])!r}, is "
                              f"{rewards[first]}. Rewards must be finite.")
-        advantages = np.empty(len(rewards), np.float32)
+        advantages, limit = np.empty(len(rewards), np.float32), np.finfo(np.float32).max
         for prompt in np.unique(prompts):
             mine = prompts == prompt
             queue = self.stats.setdefault(str(prompt), deque(maxlen=self.buffer_size))
             queue.extend(rewards[mine].tolist())
             usual = np.array(queue) if len(queue) >= self.min_count else rewards
-            limit = np.finfo(np.float32).max
             advantages[mine] = standardise(rewards[mine], usual).clip(-limit, limit)
         return advantages

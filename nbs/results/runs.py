@@ -3,7 +3,8 @@
 All but the last train; beside this file they leave a table, a line for each look at fresh pictures
 on the way, and for chapter 9 a strip of pictures for each run. `right` looks at what
 `ddpo_train --seed N --name seedN` has left in runs/seed0, runs/seed1 and runs/seed2, whose
-metrics.csv are seed0.csv, seed1.csv and seed2.csv here.
+metrics.csv are seed0.csv, seed1.csv and seed2.csv here. The committed pictures were reduced to 256
+colours afterwards.
 """
 import argparse
 import time
@@ -15,6 +16,7 @@ from ddpo_scratch.cli import csv_text, png_bytes, progress_strip, write_file
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.rewards import (
     JPEGCompressibility,
+    WeightedSum,
     load_classifier,
     load_judge,
     make_reward,
@@ -43,7 +45,6 @@ CURES = {
 }
 
 
-
 def watched(
     name: str,       # of the run, for the table
     config,          # `DDPOConfig`
@@ -55,7 +56,8 @@ def watched(
     pipe, rows, looks = load_pipeline(config.pipeline, "cpu"), [], []
     prompt_fn, reward_fn = make_prompt_fn(config.prompts), make_reward(config.reward, "cpu")
     prompts = fresh_prompts(config, prompt_fn)
-    evaluate(config, pipe, prompts, reward_fn)  # as the command does; a sum takes its units here
+    if isinstance(reward_fn, WeightedSum):
+        evaluate(config, pipe, prompts, reward_fn)  # takes its units, as in the command
     prompts = prompts[:looked_at]
 
     def look(epoch, seconds):
