@@ -28,15 +28,16 @@ import tyro
 import yaml
 from diffusers import StableDiffusionPipeline
 from matplotlib.figure import Figure
+from PIL import Image
 from safetensors import SafetensorError
 
+from .checks import check_reward_fn
 from .pipelines import load_pipeline, pipeline_source
 from .prompts import PromptFile, emoji_animals, emoji_prompts
 from ddpo_scratch.rewards import (
     REWARDS,
     WeightedSum,
     animal_in,
-    check_reward_fn,
     load_judge,
     make_reward,
     reward_weights,
@@ -146,6 +147,30 @@ def progress_strip(
         axes[0, column].set_title(titles[column], fontsize=8)
     for ax, label in zip(axes[:, 0], labels): ax.set_ylabel(label[:20], fontsize=8)
     return figure
+
+
+def strip_frame(
+    images: np.ndarray,  # one look at the policy, uint8, [R, H, W, 3]
+    title: str,          # of the look
+    labels: list[str],   # of the R pictures
+) -> Image.Image:
+    "The same pictures in one row, a frame of the moving strip."
+    figure = image_grid(images, [label[:20] for label in labels], len(labels))
+    figure.suptitle(title, fontsize=8, y=0.99)
+    figure.subplots_adjust(0.01, 0, 0.99, 0.82, 0.05)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image.open(buffer).convert("RGB")
+
+
+def gif_bytes(
+    frames: list[Image.Image],  # of one size
+) -> bytes:
+    "An endless animation, two looks a second; the last one stays for two seconds."
+    buffer = io.BytesIO()
+    frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+                   duration=[500] * (len(frames) - 1) + [2000])
+    return buffer.getvalue()
 
 
 def save_pictures(
@@ -262,13 +287,13 @@ class Progress:
         config: DDPOConfig,
         pipe: StableDiffusionPipeline,
         prompts: list[str],
-        path: Path,             # of the picture
+        folder: Path,           # gets progress.png and progress.gif
         looks: int = 8,         # columns beside the first, at most
     ):
-        self.config, self.pipe, self.path = config, pipe, path
+        self.config, self.pipe, self.folder = config, pipe, folder
         self.prompts = list(dict.fromkeys(prompts))[:6]
         self.shown = {round(config.num_epochs * k / looks) for k in range(1, looks + 1)}
-        self.columns, self.titles = [], []
+        self.columns, self.titles, self.frames = [], [], []
         self.look("before")
 
     def look(self, title: str) -> None:
@@ -276,7 +301,9 @@ class Progress:
         self.columns.append(images)
         self.titles.append(title)
         strip = progress_strip(self.columns, self.titles, self.prompts)
-        write_file(self.path, png_bytes(strip))
+        write_file(self.folder / "progress.png", png_bytes(strip))
+        self.frames.append(strip_frame(images, title, self.prompts))
+        write_file(self.folder / "progress.gif", gif_bytes(self.frames))
 
     def after(self, epoch: int) -> None:
         if epoch in self.shown:
@@ -311,7 +338,7 @@ def run_training(
         images, before = evaluate(config, pipe, prompts, reward_fn)
         save_pictures(folder / "before.png", prompts, images, before)
         right = judged(images, prompts)
-        progress = Progress(config, pipe, prompts, folder / "progress.png")
+        progress = Progress(config, pipe, prompts, folder)
 
         history = []
         def on_epoch(row):

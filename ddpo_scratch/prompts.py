@@ -67,7 +67,7 @@ def emoji_animal_prompts() -> str:  # such as "a polar bear"
     "One of the embedded model's animals with its article, drawn with Python's `random`."
     return random.choice(emoji_prompts())
 
-# %% ../nbs/01_prompts.ipynb 14
+# %% ../nbs/01_prompts.ipynb 16
 COMMON_ANIMALS = tuple("""
     cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox
     wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog
@@ -90,7 +90,7 @@ def emoji_common_animal_prompts() -> str:  # such as "a honeybee"
     "One of the 44 common animals that the embedded model knows, drawn with Python's `random`."
     return random.choice(emoji_common_prompts())
 
-# %% ../nbs/01_prompts.ipynb 17
+# %% ../nbs/01_prompts.ipynb 19
 class PromptFile:
     "Draws prompts from a text file, one a line; blank lines and those with a # first are skipped."
 
@@ -113,7 +113,7 @@ class PromptFile:
     def __call__(self) -> str:
         return random.choice(self.prompts)
 
-# %% ../nbs/01_prompts.ipynb 19
+# %% ../nbs/01_prompts.ipynb 21
 class PromptDataset(Dataset):
     "`num` prompts, each drawn afresh from `prompt_fn` when it is looked at."
 

@@ -8,15 +8,12 @@ __all__ = ['MLP', 'load_aesthetic_model_weights', 'aesthetic_model_normalize', '
            'name_animals', 'share_right', 'WeightedSum', 'make_reward']
 
 # %% ../nbs/03_rewards.ipynb 3
-import inspect
 import io
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from hashlib import sha256
 from importlib.resources import files
-from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from .checks import check_reward_fn, check_rewards, check_weight
 from .pipelines import default_device
 from .prompts import emoji_animals
 
@@ -262,80 +260,7 @@ def share_right(
     seen = name_animals(images, judge)
     return float(np.mean([animal_in(prompt) == name for prompt, name in zip(prompts, seen)]))
 
-# %% ../nbs/03_rewards.ipynb 32
-def check_reward_fn(
-    reward_fn: Callable,  # a function, or an `nn.Module`
-) -> None:
-    "`TypeError` if it cannot be called as `reward_fn(images, prompts)`; does not call it."
-    if not callable(reward_fn):
-        raise TypeError(f"a reward is a function of (images, prompts), not a "
-                        f"{type(reward_fn).__name__}.")
-    call = reward_fn.forward if isinstance(reward_fn, nn.Module) else reward_fn
-    try:
-        signature = inspect.signature(call)
-    except ValueError:  # a built-in function that does not tell
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError:
-        name = getattr(reward_fn, "__name__", type(reward_fn).__name__)
-        raise TypeError("a reward is called as reward_fn(images, prompts) and returns one number a "
-                        f"picture; this one is {name}{signature}. Wrap it in a function of these "
-                        "two.") from None
-
 # %% ../nbs/03_rewards.ipynb 33
-def to_array(
-    values,        # numbers: a sequence, an array, or a tensor of any type on any device
-) -> np.ndarray:   # on the CPU; tensors of floats as float64
-    "Numbers from anywhere as a NumPy array."
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        values = values.double() if values.is_floating_point() else values
-    return np.asarray(values)
-
-
-def check_rewards(
-    rewards,                # what a reward function returned: tensor, array or sequence of numbers
-    prompts: Sequence[str], # the B prompts that it judged
-) -> torch.Tensor:          # float64, [B], on the CPU
-    "`TypeError` for no numbers, `ValueError` for wrong shape, NaN or infinity (naming the prompt)."
-    if isinstance(rewards, tuple) and any(isinstance(part, (dict, type(None))) for part in rewards):
-        kinds = ", ".join(type(part).__name__ for part in rewards)
-        raise TypeError(f"a reward function must return {len(prompts)} numbers and nothing beside "
-                        f"them; it returned a tuple ({kinds}). Return the first of these.")
-    kind = type(rewards).__name__
-    try:
-        rewards = to_array(rewards)
-        if rewards.dtype.kind not in "buif":
-            raise TypeError(f"the entries are of type {rewards.dtype}")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"a reward function must return {len(prompts)} numbers (tensor, array or "
-                        f"list); it returned a {kind} ({error}).") from error
-    if rewards.shape == (len(prompts), 1):
-        rewards = rewards[:, 0]
-    if rewards.shape != (len(prompts),):
-        raise ValueError("a reward function must return one number a prompt, "
-                         f"shape [{len(prompts)}]; it returned shape {list(rewards.shape)}.")
-    rewards = torch.from_numpy(rewards.astype(np.float64))
-    for index, reward in enumerate(rewards.tolist()):
-        if not math.isfinite(reward):
-            raise ValueError(f"the reward of picture {index}, prompt {prompts[index]!r}, "
-                             f"is {reward}. Rewards must be finite.")
-    return rewards
-
-# %% ../nbs/03_rewards.ipynb 35
-def check_weight(
-    name: str,  # of a reward in a sum
-    weight: float,
-) -> None:
-    "`TypeError` for no number, `ValueError` for 0 and for what is no sensible number."
-    if not isinstance(weight, Real) or isinstance(weight, bool):
-        raise TypeError(f"the weight of {name} must be a number, not {weight!r}.")
-    if not 0 < abs(weight) < 1e9:
-        raise ValueError(f"the weight of {name} must not be 0, and lie between -1e9 and 1e9; it is "
-                         f"{weight!r}.")
-
-# %% ../nbs/03_rewards.ipynb 36
 def spread_of(
     rewards: np.ndarray,  # float64, at least one
 ) -> tuple[float, float, float, float]:  # offset, spread (0: all equal); mean, deviation in these
@@ -352,7 +277,7 @@ def origin_and_unit(
     offset, spread, mean, deviation = spread_of(rewards)
     return float(offset + spread * mean), float(spread * deviation) or 1.0
 
-# %% ../nbs/03_rewards.ipynb 37
+# %% ../nbs/03_rewards.ipynb 34
 class WeightedSum:
     """Several rewards as one: each counted from its mean, in its own deviations, weighted, added.
 
@@ -405,7 +330,7 @@ class WeightedSum:
         parts = self.parts(images, prompts)
         return self.total(parts) if self.units else self.settle(parts)
 
-# %% ../nbs/03_rewards.ipynb 40
+# %% ../nbs/03_rewards.ipynb 37
 REWARDS: dict[str, type] = {  # a class that is an nn.Module has weights, and takes a device
     "aesthetic": AestheticReward,
     "animal": AnimalReward,
@@ -413,7 +338,7 @@ REWARDS: dict[str, type] = {  # a class that is an nn.Module has weights, and ta
     "jpeg_incompressibility": JPEGIncompressibility,
 }
 
-# %% ../nbs/03_rewards.ipynb 41
+# %% ../nbs/03_rewards.ipynb 38
 def reward_weights(
     name: str,  # a key of `REWARDS`, or several with weights: jpeg_compressibility:1,animal:2
 ) -> dict[str, float]:  # a weight for each; 1 where none is given
@@ -433,7 +358,7 @@ def reward_weights(
         check_weight(reward, weights[reward])
     return weights
 
-# %% ../nbs/03_rewards.ipynb 42
+# %% ../nbs/03_rewards.ipynb 39
 def make_reward(
     name: str,                                 # as for `reward_weights`
     device: str | torch.device | None = None,  # for rewards that have weights

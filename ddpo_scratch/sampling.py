@@ -9,7 +9,6 @@ __all__ = ['predict_noise', 'encode_prompts', 'decoding_fn', 'Schedule', 'ddim_s
 # %% ../nbs/02_sampling.ipynb 3
 import logging
 import math
-import numbers
 import warnings
 from contextlib import contextmanager
 from functools import lru_cache
@@ -21,11 +20,18 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils.torch_utils import randn_tensor
 
+from ddpo_scratch.checks import (
+    check_generators,
+    check_policy_arguments,
+    check_prediction,
+    check_size,
+)
+
 # %% ../nbs/02_sampling.ipynb 9
 def predict_noise(
     unet: UNet2DConditionModel,
     x_t: torch.Tensor,         # latents at step t, [B, C, h, w]
-    t: torch.Tensor,           # timestep of the training schedule, 0-dimensional, on their device
+    t: torch.Tensor,           # timestep n of the training schedule, 0-dimensional, on their device
     embeddings: torch.Tensor,  # token vectors, [B, L, D]; guided [2B, L, D], empty prompt first
     guidance_scale: float,     # w; at most 1: no guidance, one row a sample
 ) -> torch.Tensor:             # the UNet's (guided) output, [B, C, h, w]
@@ -105,14 +111,14 @@ def decoding_fn(
             "NaN or infinite. If their latents are finite, the VAE overflows: keep it in float32.")
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
-# %% ../nbs/02_sampling.ipynb 20
+# %% ../nbs/02_sampling.ipynb 27
 class Schedule(NamedTuple):
-    "One walk of T denoising steps in numbers; row i is the i-th step, from noise to picture."
-    timesteps: torch.Tensor   # t, int64, [T]
+    "One walk of T denoising steps in numbers; row 0 is step t = T, the last row step 1."
+    timesteps: torch.Tensor   # n of each step, int64, falling, [T]
     signal: torch.Tensor      # √ᾱ_t, how much of x_0 is in x_t, [T]
     noise: torch.Tensor       # √(1 − ᾱ_t), how much noise is, [T]
-    x_0_weight: torch.Tensor  # √ᾱ_t', the weight of x̂_0 in the mean, [T]
-    noise_weight: torch.Tensor  # √(1 − ᾱ_t' − σ_t²), the weight of ε̂ in the mean, [T]
+    x_0_weight: torch.Tensor  # √ᾱ_{t-1}, the weight of x̂_0 in the mean, [T]
+    noise_weight: torch.Tensor  # √(1 − ᾱ_{t-1} − σ_t²), the weight of ε̂ in the mean, [T]
     std: torch.Tensor         # σ_t, [T]
     prediction_type: str      # what the UNet predicts: "epsilon", "v_prediction" or "sample"
     clip_range: float | None  # x̂_0 is clipped to ± this; None: it is not
@@ -121,35 +127,20 @@ class Schedule(NamedTuple):
         "The same tables on `device`."
         return Schedule(*(x.to(device) if torch.is_tensor(x) else x for x in self))
 
-# %% ../nbs/02_sampling.ipynb 22
+# %% ../nbs/02_sampling.ipynb 29
 def walk_timesteps(
     scheduler: DDIMScheduler,
     num_inference_steps: int,  # T
-) -> torch.Tensor:             # t, int64, falling, [T]
+) -> torch.Tensor:             # n, int64, falling, [T]
     "The timesteps of T steps. `ValueError` where the scheduler's spacing has none for so many."
     scheduler.set_timesteps(num_inference_steps)
-    t = scheduler.timesteps[:num_inference_steps]  # rounding can add one at -1 to trailing steps
-    if t.max() >= scheduler.config.num_train_timesteps:
+    n = scheduler.timesteps[:num_inference_steps]  # rounding can add one at -1 to trailing steps
+    if n.max() >= scheduler.config.num_train_timesteps:
         raise ValueError(f"{num_inference_steps} steps reach beyond the scheduler's "
                          f"{scheduler.config.num_train_timesteps} training steps. Ask for fewer.")
-    return t
+    return n
 
-
-def check_prediction(
-    prediction_type: str,  # of the scheduler's configuration
-    alpha: torch.Tensor,   # ᾱ_t of the walk, [T]
-) -> None:
-    "`ValueError` for a prediction that says nothing about x_0."
-    if prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(f"prediction_type {prediction_type!r} is not that of a diffusion model: "
-                         "'epsilon', 'v_prediction' and 'sample' are.")
-    if prediction_type == "epsilon" and (alpha == 0).any():
-        raise ValueError(
-            "the walk starts at pure noise (ᾱ = 0, rescale_betas_zero_snr), where a predicted "
-            "noise says nothing about x_0. Such models predict the velocity: set "
-            "prediction_type='v_prediction' if this one does, else rescale_betas_zero_snr=False.")
-
-# %% ../nbs/02_sampling.ipynb 23
+# %% ../nbs/02_sampling.ipynb 30
 @lru_cache(maxsize=16)
 def ddim_schedule(
     scheduler: DDIMScheduler,  # its configuration is taken as it is
@@ -157,11 +148,11 @@ def ddim_schedule(
     eta: float,                # η > 0; 1 adds as much noise as DDPM
 ) -> Schedule:                 # float32, on the CPU
     "The tables of T DDIM steps (Song et al. 2020, eq. 12 and 16), made once for each scheduler."
-    t = walk_timesteps(scheduler, num_inference_steps)
-    alpha = scheduler.alphas_cumprod.cpu().double()[t]
+    n = walk_timesteps(scheduler, num_inference_steps)
+    alpha = scheduler.alphas_cumprod.cpu().double()[n]
     alpha_next = torch.cat([alpha[1:], scheduler.final_alpha_cumprod.cpu().double().view(1)])
     check_prediction(scheduler.config.prediction_type, alpha)
-    share = eta**2 * (1 - alpha / alpha_next) / (1 - alpha)  # σ² as a share of 1 − ᾱ_t'
+    share = eta**2 * (1 - alpha / alpha_next) / (1 - alpha)  # σ² as a share of 1 − ᾱ_{t-1}
     share[alpha_next == 1] = 0
     if (share > 1).any():
         highest = math.floor(1e4 * eta / share.max().sqrt()) / 1e4
@@ -169,18 +160,19 @@ def ddim_schedule(
                          f"steps. At most {highest} works.")
     std = ((1 - alpha_next) * share).sqrt()
     if (std == 0).any():
-        warnings.warn(f"the step at t = {t[std == 0].tolist()} has no noise: it is deterministic, "
-                      "has no gradient, and is left out of the policy.", stacklevel=2)
+        warnings.warn(f"the step at timestep {n[std == 0].tolist()} has no noise: it is "
+                      "deterministic, has no gradient, and is left out of the policy.",
+                      stacklevel=2)
     tables = (alpha.sqrt(), (1 - alpha).sqrt(), alpha_next.sqrt(),
               ((1 - alpha_next) * (1 - share)).sqrt(), std)
     clip_range = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
-    return Schedule(t, *(x.float() for x in tables), scheduler.config.prediction_type, clip_range)
+    return Schedule(n, *(x.float() for x in tables), scheduler.config.prediction_type, clip_range)
 
-# %% ../nbs/02_sampling.ipynb 26
+# %% ../nbs/02_sampling.ipynb 33
 def step_distribution(
     unet: UNet2DConditionModel,
     x_t: torch.Tensor,         # the state's latents, [B, C, h, w]
-    step: int,                 # row of the schedule, 0 (pure noise) … T-1
+    step: int,                 # row of the schedule, T − t: 0 (pure noise) … T-1
     embeddings: torch.Tensor,  # from `encode_prompts`
     schedule: Schedule,        # on the latents' device
     guidance_scale: float,     # w; at most 1: no guidance
@@ -201,7 +193,7 @@ def step_distribution(
     mean = schedule.x_0_weight[step] * x_0 + schedule.noise_weight[step] * epsilon
     return mean, schedule.std[step]
 
-# %% ../nbs/02_sampling.ipynb 28
+# %% ../nbs/02_sampling.ipynb 35
 def calculate_log_probs(
     prev_sample: torch.Tensor,       # x_{t-1}, the action that was taken, [B, C, h, w]
     prev_sample_mean: torch.Tensor,  # μ, the policy's mean, same shape
@@ -213,77 +205,7 @@ def calculate_log_probs(
     log_probs = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
     return torch.where(std_dev_t > 0, log_probs, torch.zeros_like(log_probs))
 
-# %% ../nbs/02_sampling.ipynb 30
-def check_pipe(
-    pipe: StableDiffusionPipeline,
-) -> None:
-    "`TypeError` or `ValueError` for a pipeline whose steps are not the policy of this chapter."
-    if not isinstance(pipe, StableDiffusionPipeline):
-        raise TypeError("pipe must be a StableDiffusionPipeline, as load_pipeline gives it, "
-                        f"not a {type(pipe).__name__}.")
-    if not isinstance(pipe.scheduler, DDIMScheduler):
-        raise TypeError(f"the pipeline's scheduler is a {type(pipe.scheduler).__name__}; the "
-                        "policy is DDIM's step. Use load_pipeline, or set "
-                        "pipe.scheduler = ddim_scheduler(pipe.scheduler.config).")
-    if pipe.scheduler.config.thresholding:
-        raise ValueError("the scheduler thresholds x_0 dynamically, which is not a latent model's; "
-                         "set thresholding=False.")
-    if pipe.tokenizer.model_max_length > 1_000_000:
-        raise ValueError("the tokenizer does not say how many tokens the text encoder reads: its "
-                         "files are missing or damaged.")
-    takes, gives = pipe.unet.config.in_channels, pipe.unet.config.out_channels
-    latent = pipe.vae.config.latent_channels
-    if not takes == gives == latent:
-        raise ValueError(f"the UNet takes {takes} channels and gives {gives}, where the VAE's "
-                         f"latents have {latent}: all must be the same. (Models for inpainting "
-                         "take nine, those that edit pictures eight; a prompt is not enough.)")
-    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
-    kinds = sorted({str(part.dtype).removeprefix("torch.") for part in parts})
-    if len(kinds) > 1:
-        raise ValueError(f"UNet, VAE and text encoder are of different types ({', '.join(kinds)}); "
-                         "make them one, with pipe.to(torch.float32).")
-
-
-def check_policy_arguments(
-    prompts: list[str],             # at least one, all strings
-    pipe: StableDiffusionPipeline,  # with a DDIM scheduler
-    guidance_scale: float,          # a finite number
-    num_inference_steps: int,       # at least 1
-    eta: float,                     # above 0
-) -> None:
-    "`TypeError` or `ValueError` where `sd_sample` or `compute_loss` could not work."
-    check_pipe(pipe)
-    if isinstance(prompts, str) or not isinstance(prompts, (list, tuple, np.ndarray)):
-        raise TypeError(f"prompts must be a list of strings, not a {type(prompts).__name__}.")
-    if len(prompts) == 0:
-        raise ValueError("prompts is empty: give at least one prompt.")
-    for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt {index} is a {type(prompt).__name__} ({prompt!r}), "
-                            "not a string.")
-    if not isinstance(num_inference_steps, numbers.Integral) or num_inference_steps < 1:
-        raise ValueError("num_inference_steps must be a whole number of at least 1, "
-                         f"not {num_inference_steps!r}.")
-    if not isinstance(eta, numbers.Real) or not 0 < eta < math.inf:
-        raise ValueError(f"eta must be above 0, not {eta!r}: without noise a step is "
-                         "deterministic, and there is no policy to train.")
-    if not isinstance(guidance_scale, numbers.Real) or not math.isfinite(guidance_scale):
-        raise ValueError("guidance_scale must be a finite number (at most 1: no guidance), "
-                         f"not {guidance_scale!r}.")
-
-# %% ../nbs/02_sampling.ipynb 31
-def check_size(
-    pipe: StableDiffusionPipeline,
-    **sides: int,  # pixels by name, such as height=512
-) -> None:
-    "`ValueError` for a picture size that is no multiple of the VAE's down-sampling factor."
-    factor = pipe.vae_scale_factor
-    for side, pixels in sides.items():
-        if not isinstance(pixels, numbers.Integral) or pixels < factor or pixels % factor:
-            raise ValueError(f"{side} must be a positive multiple of {factor} pixels, the VAE's "
-                             f"factor, not {pixels!r}.")
-
-# %% ../nbs/02_sampling.ipynb 33
+# %% ../nbs/02_sampling.ipynb 37
 @torch.no_grad()
 def sd_sample(
     prompts: list[str],             # B prompts
@@ -302,9 +224,7 @@ def sd_sample(
     log_probs, averaged over a latent's elements, [T, B]."""
     check_policy_arguments(prompts, pipe, guidance_scale, num_inference_steps, eta)
     check_size(pipe, height=height, width=width)
-    if isinstance(generator, list) and len(generator) != len(prompts):
-        raise ValueError(f"{len(generator)} generators came with {len(prompts)} prompts: give one "
-                         "for each, or a single one outside a list.")
+    check_generators(generator, len(prompts))
     schedule = ddim_schedule(pipe.scheduler, num_inference_steps, eta).to(device)
     embeddings = encode_prompts(prompts, pipe, guidance_scale, device)
     factor = pipe.vae_scale_factor
@@ -320,17 +240,3 @@ def sd_sample(
         all_step_preds.append(latents)
         log_probs.append(calculate_log_probs(latents, mean, std).flatten(1).mean(1))
     return latents, torch.stack(all_step_preds), torch.stack(log_probs)
-
-# %% ../nbs/02_sampling.ipynb 40
-def check_finite(
-    all_step_preds: torch.Tensor,  # trajectories, [T+1, B, C, h, w]
-    prompts: list[str],            # B
-) -> None:
-    "`ValueError` with the first step and prompt whose latents are NaN or infinite."
-    broken = ~all_step_preds.isfinite().flatten(2).all(2)
-    if broken.any():
-        step, sample = broken.nonzero()[0].tolist()
-        raise ValueError(
-            f"the latents of picture {sample}, prompt {prompts[sample]!r}, are NaN or infinite "
-            f"from step {step} of {len(broken) - 1} on. Usual causes: weights ruined by too "
-            "large a learning rate, a damaged checkpoint, half precision.")

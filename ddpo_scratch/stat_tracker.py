@@ -12,7 +12,8 @@ from numbers import Integral
 
 import numpy as np
 
-from .rewards import spread_of, to_array
+from .checks import to_array
+from .rewards import spread_of
 
 # %% ../nbs/04_stat_tracker.ipynb 4
 def standardise(

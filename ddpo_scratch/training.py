@@ -6,10 +6,8 @@
 __all__ = ['PROMPTS', 'PRESETS', 'DDPOConfig', 'make_prompt_fn', 'make_config', 'sample_and_calculate_rewards', 'train',
            'fresh_prompts', 'evaluate', 'verdict']
 
-# %% ../nbs/06_training.ipynb 3
+# %% ../nbs/06_training.ipynb 4
 import copy
-import math
-import numbers
 import random
 import sys
 import time
@@ -24,6 +22,15 @@ from accelerate.utils import set_seed
 from diffusers import StableDiffusionPipeline
 from fastprogress.core import IN_NOTEBOOK
 
+from ddpo_scratch.checks import (
+    check_field,
+    check_finite,
+    check_policy_arguments,
+    check_reward_fn,
+    check_rewards,
+    check_size,
+    check_update,
+)
 from .loss import compute_loss
 from ddpo_scratch.prompts import (
     PromptDataset,
@@ -33,18 +40,15 @@ from ddpo_scratch.prompts import (
     emoji_common_animal_prompts,
     imagenet_animal_prompts,
 )
-from .rewards import WeightedSum, check_reward_fn, check_rewards
+from .rewards import WeightedSum
 from ddpo_scratch.sampling import (
-    check_finite,
-    check_policy_arguments,
-    check_size,
     ddim_schedule,
     decoding_fn,
     sd_sample,
 )
 from .stat_tracker import PerPromptStatTracker
 
-# %% ../nbs/06_training.ipynb 5
+# %% ../nbs/06_training.ipynb 6
 @dataclass(frozen=True)
 class DDPOConfig:
     "Everything that a run needs to be repeated. The defaults are the blog's."
@@ -102,42 +106,7 @@ class DDPOConfig:
             raise ValueError(f"samples_per_prompt {self.samples_per_prompt} does not fit into a "
                              f"buffer of {self.buffer_size}: make buffer_size at least as large.")
 
-# %% ../nbs/06_training.ipynb 7
-COUNTS = ("num_samples_per_epoch", "samples_per_prompt", "num_epochs", "num_inner_epochs",
-          "num_timesteps", "batch_size", "sample_batch_size", "num_eval_samples", "img_size",
-          "buffer_size", "min_count")
-POSITIVE = ("eta", "lr", "max_grad_norm", "clip_advantages", "clip_ratio")
-
-
-def check_field(
-    name: str,  # a field of `DDPOConfig`
-    value,      # what it was given
-) -> None:
-    "`ValueError` for a number out of range, `TypeError` for something else than is wanted."
-    def number(kind, low, high=1e9):
-        return isinstance(value, kind) and not isinstance(value, bool) and low <= value < high
-    if value is None and name in ("buffer_size", "min_count", "device"):
-        return
-    if name in COUNTS and not number(numbers.Integral, 1):
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
-    if name in ("buffer_size", "min_count") and value == 1:
-        raise ValueError(f"{name} must be at least 2: one reward alone is its own mean.")
-    if name == "img_size" and value % 8:
-        raise ValueError(f"img_size must be a multiple of 8 pixels, not {value!r}.")
-    if name in POSITIVE and not (number(numbers.Real, 0) and value > 0):
-        raise ValueError(f"{name} must be a number above 0 (and below 1e9), not {value!r}.")
-    if name == "timestep_fraction" and not (number(numbers.Real, 0) and 0 < value <= 1):
-        raise ValueError(f"{name} must be above 0 and at most 1 (all steps), not {value!r}.")
-    if name in ("cfg", "weight_decay", "kl_coef") and not number(numbers.Real, 0):
-        raise ValueError(f"{name} must be a number of at least 0, not {value!r}.")
-    if name == "seed" and not number(numbers.Integral, 0, 2**31):
-        raise ValueError(f"seed must be a whole number from 0 to 2147483647, not {value!r}.")
-    if name in ("pipeline", "prompts", "reward", "device") and not isinstance(value, str):
-        raise TypeError(f"{name} is a name, a string, not a {type(value).__name__}.")
-    if name in ("gradient_checkpointing", "anneal_lr") and not isinstance(value, bool):
-        raise TypeError(f"{name} is True or False, not {value!r}.")
-
-# %% ../nbs/06_training.ipynb 9
+# %% ../nbs/06_training.ipynb 8
 PROMPTS: dict[str, Callable[[], str]] = {fn.__name__: fn for fn in (
     imagenet_animal_prompts, common_animal_prompts, emoji_animal_prompts,
     emoji_common_animal_prompts)}
@@ -176,7 +145,7 @@ def make_config(
         changes.update(dict.fromkeys(counts - changes.keys()))
     return replace(PRESETS[preset], **changes)
 
-# %% ../nbs/06_training.ipynb 11
+# %% ../nbs/06_training.ipynb 10
 def sample_and_calculate_rewards(
     prompts: list[str],               # B prompts
     pipe: StableDiffusionPipeline,
@@ -202,7 +171,7 @@ def sample_and_calculate_rewards(
     rewards = check_rewards(reward_fn(imgs, list(prompts)), prompts)
     return imgs, rewards, all_step_preds, log_probs
 
-# %% ../nbs/06_training.ipynb 13
+# %% ../nbs/06_training.ipynb 12
 TRAINING, EVALUATION = 0, 1  # kinds of noise, which never meet
 
 
@@ -215,7 +184,7 @@ def noise_sources(
     states = [np.random.SeedSequence([seed, kind, number]).generate_state(1) for number in numbers]
     return [torch.Generator().manual_seed(int(state[0])) for state in states]
 
-# %% ../nbs/06_training.ipynb 15
+# %% ../nbs/06_training.ipynb 14
 def check_run(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,
@@ -228,7 +197,7 @@ def check_run(
         raise ValueError(f"the UNet is in {str(pipe.unet.dtype).removeprefix('torch.')}, in which "
                          "small steps are lost; call pipe.to(torch.float32) before training.")
 
-# %% ../nbs/06_training.ipynb 17
+# %% ../nbs/06_training.ipynb 16
 def equal_batches(
     count: int,                  # N
     batch_size: int,             # at most so many in a batch
@@ -237,20 +206,7 @@ def equal_batches(
     "One shuffled pass over N samples, in as few batches as possible."
     return torch.randperm(count, generator=generator).tensor_split(-(-count // batch_size))
 
-
-def check_update(
-    loss: float,
-    grad_norm: float,
-    where: str,  # such as "epoch 3, batch 2"
-) -> None:
-    "`ValueError` before an optimiser step that would ruin the weights."
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise ValueError(
-            f"{where}: the loss is {loss}, the norm of its gradient {grad_norm}; no step was made "
-            "with it. Usual causes: too large a learning rate (try a tenth of lr), too small an "
-            "eta, weights that were damaged before.")
-
-# %% ../nbs/06_training.ipynb 19
+# %% ../nbs/06_training.ipynb 18
 class PlainBar:
     "Stands for a bar where there can be none: the same loop, and lines."
     comment = ""
@@ -271,7 +227,7 @@ def progress_bars() -> tuple[Callable, Callable]:  # fastprogress's master_bar a
         return fastprogress.master_bar, fastprogress.progress_bar
     return PlainBar, PlainBar
 
-# %% ../nbs/06_training.ipynb 21
+# %% ../nbs/06_training.ipynb 20
 def summary(
     watched: list[dict],  # of every update: loss, grad_norm and what `compute_loss` measures
     sizes: list[int],     # samples of every update
@@ -281,7 +237,7 @@ def summary(
            for key in watched[0]}
     return row | {"max_log_ratio": watched[0]["max_log_ratio"]}
 
-# %% ../nbs/06_training.ipynb 23
+# %% ../nbs/06_training.ipynb 22
 def train(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,         # its UNet is trained in place
@@ -353,7 +309,7 @@ def train(
         on_epoch(history[-1])
     return history
 
-# %% ../nbs/06_training.ipynb 25
+# %% ../nbs/06_training.ipynb 24
 def fresh_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],
@@ -390,7 +346,7 @@ def evaluate(
                                      for name in parts[0]})]
     return np.concatenate(images), torch.cat(rewards)
 
-# %% ../nbs/06_training.ipynb 27
+# %% ../nbs/06_training.ipynb 26
 def verdict(
     before: torch.Tensor,  # rewards of the untrained model, [N]
     after: torch.Tensor,   # of the trained one, on the same prompts and noise, [N]

@@ -66,8 +66,10 @@ def test_the_command_leaves_a_whole_run():
         path = Path(folder) / "runs" / "first"
         assert sorted(p.name for p in path.iterdir()) == [
             "after.png", "before.png", "config.yaml", "evaluation.csv", "metrics.csv", "pipeline",
-            "progress.png", "reward_curve.png"]
+            "progress.gif", "progress.png", "reward_curve.png"]
         for picture in path.glob("*.png"): Image.open(picture).verify()
+        moving = Image.open(path / "progress.gif")
+        assert moving.n_frames == 3 and moving.info["loop"] == 0  # before, and two epochs
         rows = list(csv.DictReader((path / "metrics.csv").open()))
         assert [row["epoch"] for row in rows] == ["1", "2"]
         assert list(rows[0]) == [
@@ -187,7 +189,8 @@ def test_what_is_written_down_is_what_ran():
         note = (folder / "UNFINISHED.txt").read_text()
         assert "did not finish" in note and "RuntimeError: the scorer has run out of ink" in note
         left = {path.name for path in folder.iterdir()}
-        assert left == {"UNFINISHED.txt", "config.yaml", "before.png", "progress.png"}
+        assert left == {
+            "UNFINISHED.txt", "config.yaml", "before.png", "progress.gif", "progress.png"}
         config = make_config("emoji", **SMALL)
         with pytest.raises(ValueError, match="not empty"):
             run_training(config, pipe, a_fox, ThirdTime(), folder)
@@ -229,10 +232,10 @@ def test_ctrl_c_ends_in_one_sentence():
         assert run.returncode == 130 and "Traceback" not in said
         assert said.strip().splitlines()[-1] == (
             "ddpo_train: stopped by Ctrl-C. runs/long keeps before.png, config.yaml, metrics.csv, "
-            "progress.png, reward_curve.png; the fine-tuned weights are not saved.")
+            "progress.gif, progress.png, reward_curve.png; the fine-tuned weights are not saved.")
         assert {path.name for path in folder.iterdir()} == {
-            "UNFINISHED.txt", "before.png", "config.yaml", "metrics.csv", "progress.png",
-            "reward_curve.png"}
+            "UNFINISHED.txt", "before.png", "config.yaml", "metrics.csv", "progress.gif",
+            "progress.png", "reward_curve.png"}
         assert "KeyboardInterrupt" in (folder / "UNFINISHED.txt").read_text()
 
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import ddpo_scratch
+from ddpo_scratch.checks import check_reward_fn, check_rewards
 from ddpo_scratch.prompts import emoji_animals, with_article
 from ddpo_scratch.rewards import (
     AESTHETIC_CLIP,
@@ -25,8 +26,6 @@ from ddpo_scratch.rewards import (
     aesthetic_model_normalize,
     aesthetic_scoring,
     animal_in,
-    check_reward_fn,
-    check_rewards,
     load_aesthetic_model_weights,
     load_classifier,
     load_judge,

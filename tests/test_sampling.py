@@ -9,10 +9,10 @@ import torch
 from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from torch.distributions import Normal
 
+from ddpo_scratch.checks import check_finite
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.sampling import (
     calculate_log_probs,
-    check_finite,
     ddim_schedule,
     decoding_fn,
     encode_prompts,
@@ -258,7 +258,7 @@ def test_nothing_that_is_not_a_number_becomes_a_picture():
 def test_a_last_step_without_noise():
     "Warned of, log-probability 0 with gradient 0, and the other steps untouched; η may exceed 1."
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
-    with pytest.warns(UserWarning, match=r"t = \[1\].*deterministic"):
+    with pytest.warns(UserWarning, match=r"timestep \[1\].*deterministic"):
         schedule = ddim_schedule(scheduler, 10, 1.0)
     assert schedule.std[-1] == 0 and (schedule.std[:-1] > 0).all()
     mean = torch.randn(1, 4, 8, 8, requires_grad=True)

@@ -1,4 +1,4 @@
-"""The runs behind the chapters' tables: `python nbs/results/runs.py groups gamed right`.
+"""The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
 All but the last train; beside this file they leave a table, a line for each look at fresh pictures
 on the way, and for chapter 9 a strip of pictures for each run. `right` looks at what
@@ -33,6 +33,10 @@ GROUPS = {
     "running": dict(samples_per_prompt=1, buffer_size=32, min_count=8),
     "groups": dict(samples_per_prompt=16, buffer_size=32, min_count=8),
 }
+
+# Chapter 5. One update for an epoch's pictures; with the preset's learning rate, or a larger one.
+REINFORCE = GROUPS["running"] | dict(batch_size=128)
+REINFORCES = {"reinforce": REINFORCE, "reinforce x4": REINFORCE | dict(lr=4 * 1.3e-4)}
 
 # Chapter 9. A reward that does not read the prompt, first with large steps; then the cures.
 GAMED = dict(reward="jpeg_compressibility", cfg=3.0, samples_per_prompt=1, batch_size=16)
@@ -91,11 +95,20 @@ def nothing(images, prompts):
     return np.zeros(len(prompts))
 
 
-def groups():
-    "Chapter 4."
-    return [row for seed in (0, 1) for name, changes in GROUPS.items()
+def compared(runs):
+    return [row for seed in (0, 1) for name, changes in runs.items()
             for row in watched(name, make_config(
                 "emoji", seed=seed, num_epochs=24, **changes), 256, 4)]
+
+
+def groups():
+    "Chapter 4."
+    return compared(GROUPS)
+
+
+def reinforce():
+    "Chapter 5."
+    return compared(REINFORCES)
 
 
 def gamed():
@@ -126,7 +139,7 @@ def right():
     return rows
 
 
-TABLES = {function.__name__: function for function in (groups, gamed, right)}
+TABLES = {function.__name__: function for function in (groups, reinforce, gamed, right)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
