@@ -5,6 +5,7 @@ from .sampling import *
 from .rewards import *
 from .stat_tracker import *
 from .loss import *
+from .lora import *
 from .training import *
 from .cli import *
 from .emoji_model import *

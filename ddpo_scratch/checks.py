@@ -40,11 +40,6 @@ def check_pipe(
         raise ValueError(f"the UNet takes {takes} channels and gives {gives}, where the VAE's "
                          f"latents have {latent}: all must be the same. (Models for inpainting "
                          "take nine, those that edit pictures eight; a prompt is not enough.)")
-    parts = (pipe.unet, pipe.vae, pipe.text_encoder)
-    kinds = sorted({str(part.dtype).removeprefix("torch.") for part in parts})
-    if len(kinds) > 1:
-        raise ValueError(f"UNet, VAE and text encoder are of different types ({', '.join(kinds)}); "
-                         "make them one, with pipe.to(torch.float32).")
 
 # %% ../nbs/90_checks.ipynb 6
 def check_policy_arguments(
@@ -268,6 +263,15 @@ def check_field(
         raise ValueError(f"{name} must be above 0 and at most 1 (all steps), not {value!r}.")
     if name in ("cfg", "weight_decay", "kl_coef") and not number(numbers.Real, 0):
         raise ValueError(f"{name} must be a number of at least 0, not {value!r}.")
+    if name == "precision" and value not in ("fp32", "bf16", "fp16"):
+        raise ValueError(f"precision must be 'fp32', 'bf16' or 'fp16', not {value!r}.")
+    if name == "lora_rank" and not number(numbers.Integral, 0):
+        raise ValueError(f"{name} must be a whole number of at least 0 (no LoRA), not {value!r}.")
+    if name == "lora_alpha" and value is not None and not (number(numbers.Real, 0) and value > 0):
+        raise ValueError(f"lora_alpha must be a number above 0, or None, not {value!r}.")
+    if name == "lora_targets" and not (
+            isinstance(value, tuple) and value and all(isinstance(x, str) and x for x in value)):
+        raise ValueError(f"lora_targets must be at least one name of a module, not {value!r}.")
     if name == "seed" and not number(numbers.Integral, 0, 2**31):
         raise ValueError(f"seed must be a whole number from 0 to 2147483647, not {value!r}.")
     if name in ("pipeline", "prompts", "reward", "device") and not isinstance(value, str):
@@ -276,14 +280,31 @@ def check_field(
         raise TypeError(f"{name} is True or False, not {value!r}.")
 
 # %% ../nbs/90_checks.ipynb 19
-def check_update(
-    loss: float,
-    grad_norm: float,
-    where: str,  # such as "epoch 3, batch 2"
-) -> None:
-    "`ValueError` before an optimiser step that would ruin the weights."
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise ValueError(
-            f"{where}: the loss is {loss}, the norm of its gradient {grad_norm}; no step was made "
-            "with it. Usual causes: too large a learning rate (try a tenth of lr), too small an "
-            "eta, weights that were damaged before.")
+class Skipped:
+    "Counts updates that are left out because they are not finite; `most` in a row are an error."
+    most = 10  # in a row; in fp16 the scaler needs some to find its scale
+    CAUSES = ("Usual causes: too large a learning rate (try a tenth of lr), too small an eta, "
+              "weights that were damaged before, fp16 where bf16 would do.")
+
+    def __init__(self):
+        self.in_a_row = 0
+
+    def __call__(self, loss: float, grad_norm: float, where: str) -> bool:
+        "Whether this update is to be left out. `ValueError` when it is the tenth in a row."
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        if self.in_a_row == self.most:
+            raise ValueError(
+                f"{where}: an update that is not finite (loss {loss}, norm of the gradient "
+                f"{grad_norm}), and number {self.most} in a row. {self.CAUSES}")
+        return True
+
+    def check_epoch(self, watched: list[dict], epoch: int) -> None:
+        "`ValueError` for an epoch in which every update was left out."
+        if all(update["skipped"] for update in watched):
+            raise ValueError(
+                f"epoch {epoch}: none of its {len(watched)} updates was finite; the last had the "
+                f"loss {watched[-1]['loss']} and the norm of the gradient "
+                f"{watched[-1]['grad_norm']}. {self.CAUSES}")

@@ -51,6 +51,9 @@ def pipeline_source(
         return name
     inside = Path(name) / "pipeline"
     hint = f" Did you mean {str(inside)!r}?" if (inside / "model_index.json").is_file() else ""
+    if any(list(Path(name).glob(f"{where}pytorch_lora_weights.*")) for where in ("", "lora/")):
+        hint = (" Did you mean the pipeline that this adapter was trained on? Load that one, and "
+                "then pipe.load_lora_weights.")
     raise ValueError(
         f"unknown pipeline {name!r}.{hint} Known: 'emoji' (embedded, needs no download), a folder "
         "that holds a model_index.json, or a hub id such as 'CompVis/stable-diffusion-v1-4'.")

@@ -73,7 +73,7 @@ def load_aesthetic_model_weights(
 
 # %% ../nbs/03_rewards.ipynb 12
 def aesthetic_model_normalize(
-    a: torch.Tensor,  # embeddings, [..., D]
+    a: torch.Tensor,  # embeddings, [..., E]
     axis: int = -1,   # the axis whose vectors get length 1
     order: int = 2,   # of the norm
 ) -> torch.Tensor:    # same shape; vectors of length 0 stay as they are
@@ -86,8 +86,8 @@ def aesthetic_scoring(
     imgs: np.ndarray,                    # pictures, uint8, [B, H, W, 3]
     preprocess: Callable,                # CLIP's own: a PIL image → a tensor [3, 224, 224]
     clip_model: nn.Module,               # has `encode_image`; its device is where the work is done
-    aesthetic_model_normalize: Callable, # [B, D] → [B, D] of unit length
-    aesthetic_model: nn.Module,          # `MLP(D)` with the LAION weights, on the same device
+    aesthetic_model_normalize: Callable, # [B, E] → [B, E] of unit length
+    aesthetic_model: nn.Module,          # `MLP(E)` with the LAION weights, on the same device
 ) -> torch.Tensor:                       # ratings, float32, [B], on that device
     "LAION aesthetic ratings of a batch, in one pass."
     device = next(clip_model.parameters()).device

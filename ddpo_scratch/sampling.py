@@ -32,15 +32,17 @@ def predict_noise(
     unet: UNet2DConditionModel,
     x_t: torch.Tensor,         # latents at step t, [B, C, h, w]
     t: torch.Tensor,           # timestep n of the training schedule, 0-dimensional, on their device
-    embeddings: torch.Tensor,  # token vectors, [B, L, D]; guided [2B, L, D], empty prompt first
+    embeddings: torch.Tensor,  # token vectors, [B, L, E]; guided [2B, L, E], empty prompt first
     guidance_scale: float,     # w; at most 1: no guidance, one row a sample
 ) -> torch.Tensor:             # the UNet's (guided) output, [B, C, h, w]
     """Classifier-free guidance, both halves in one call.
 
-    Ho & Salimans 2022, eq. 6, with w counted from 1 as in Imagen."""
+    Ho & Salimans 2022, eq. 6, with w counted from 1 as in Imagen. The UNet is asked in its own
+    floating-point type, and answers in that of the latents."""
+    x, words = x_t.to(unet.dtype), embeddings.to(unet.dtype)
     if guidance_scale <= 1:
-        return unet(x_t, t, encoder_hidden_states=embeddings).sample
-    rows = unet(torch.cat([x_t, x_t]), t, encoder_hidden_states=embeddings).sample
+        return unet(x, t, encoder_hidden_states=words).sample.to(x_t.dtype)
+    rows = unet(torch.cat([x, x]), t, encoder_hidden_states=words).sample.to(x_t.dtype)
     without, given = rows.chunk(2)
     return without + guidance_scale * (given - without)
 
@@ -84,7 +86,7 @@ def encode_prompts(
     pipe: StableDiffusionPipeline,
     guidance_scale: float,  # above 1: the empty prompt's vectors are put before the prompts'
     device: str | torch.device,
-) -> torch.Tensor:          # [B, L, D], or [2B, L, D] with guidance
+) -> torch.Tensor:          # [B, L, E], or [2B, L, E] with guidance
     "Token vectors in the form that `predict_noise` takes."
     prompts, guided = list(prompts), guidance_scale > 1
     libraries = (type(pipe).encode_prompt.__module__, "transformers.tokenization_utils_base")
@@ -102,7 +104,8 @@ def decoding_fn(
     """Latents to pictures. `ValueError` if a pixel is NaN or infinite.
 
     Rounding happens on the device, so that one byte a value is copied instead of four."""
-    images = pipe.vae.decode(latents.to(pipe.vae.device) / pipe.vae.config.scaling_factor).sample
+    latents = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
+    images = pipe.vae.decode(latents).sample.float()
     finite = images.isfinite().flatten(1).all(1)
     images = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     if not finite.all():
@@ -229,7 +232,8 @@ def sd_sample(
     embeddings = encode_prompts(prompts, pipe, guidance_scale, device)
     factor = pipe.vae_scale_factor
     shape = (len(prompts), pipe.unet.config.in_channels, height // factor, width // factor)
-    def draw(): return randn_tensor(shape, generator, torch.device(device), embeddings.dtype)
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)  # of a half model, too
+    def draw(): return randn_tensor(shape, generator, torch.device(device), dtype)
 
     latents = draw()
     all_step_preds, log_probs = [latents], []

@@ -23,15 +23,17 @@ from diffusers import StableDiffusionPipeline
 from fastprogress.core import IN_NOTEBOOK
 
 from ddpo_scratch.checks import (
+    Skipped,
     check_field,
     check_finite,
     check_policy_arguments,
     check_reward_fn,
     check_rewards,
     check_size,
-    check_update,
 )
+from .lora import LORA_TARGETS, AdapterOff, add_lora, check_lora, trained_weights
 from .loss import compute_loss
+from .precision import check_precision, in_precision, warn_of_noise
 from ddpo_scratch.prompts import (
     PromptDataset,
     PromptFile,
@@ -67,6 +69,9 @@ class DDPOConfig:
     timestep_fraction: float = 1.0  # share of the steps that is trained, from the noise on; 1: all
     num_eval_samples: int = 128  # fresh pictures that judge the model before and after training
 
+    lora_rank: int = 0  # rank of the adapter that is trained in place of the UNet; 0: all weights
+    lora_alpha: float | None = None  # the adapter is scaled by lora_alpha / lora_rank; None: by 1
+    lora_targets: tuple[str, ...] = LORA_TARGETS  # ends of the names of the modules that get one
     lr: float = 5e-6  # learning rate of AdamW
     anneal_lr: bool = False  # lower it in a straight line, to 0 after the last epoch
     batch_size: int = 4  # pictures of one optimiser step, at most
@@ -77,19 +82,25 @@ class DDPOConfig:
     eta: float = 1.0  # noise of a step as a share of DDPM's, above 0, at most little more than 1
     clip_ratio: float = 1e-4  # epsilon, how far a step's importance ratio may leave 1
     clip_advantages: float = 10.0  # advantages are clipped to plus or minus this
-    kl_coef: float = 0.0  # beta, penalty for leaving the untrained UNet; above 0, a copy is kept
+    kl_coef: float = 0.0  # beta, penalty for leaving the untrained UNet; keeps a copy without LoRA
     buffer_size: int | None = None  # latest rewards kept of a prompt; None: twice min_count, or 32
     min_count: int | None = None  # from how many on they are its usual; None: half of buffer_size
 
     sample_batch_size: int = 32  # pictures sampled at a time; changes results by rounding only
+    precision: str = "fp32"  # of the UNet's arithmetic: fp32, bf16 or fp16; what is trained is fp32
     gradient_checkpointing: bool = True  # less memory in the backward pass, a third more time
     device: str | None = None  # any torch device; None: CUDA if there is one, else the CPU
 
     def __post_init__(self):
         if self.buffer_size is None and self.min_count is None:
             object.__setattr__(self, "buffer_size", 32)
+        if isinstance(self.lora_targets, list):
+            object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for field in fields(self):
             check_field(field.name, getattr(self, field.name))
+        if not self.lora_rank and (self.lora_alpha, self.lora_targets) != (None, LORA_TARGETS):
+            raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank: set "
+                             "that, or leave them out.")
         if self.buffer_size is None:
             object.__setattr__(self, "buffer_size",
                                max(2 * self.min_count, self.samples_per_prompt))
@@ -193,9 +204,12 @@ def check_run(
     check_policy_arguments(["a prompt"], pipe, config.cfg, config.num_timesteps, config.eta)
     check_size(pipe, img_size=config.img_size)
     ddim_schedule(pipe.scheduler, config.num_timesteps, config.eta)
-    if pipe.unet.dtype not in (torch.float32, torch.float64):
+    check_precision(config.precision, pipe.device)
+    if config.lora_rank: check_lora(pipe.unet, config.lora_targets)
+    if pipe.unet.dtype not in (torch.float32, torch.float64) and not config.lora_rank:
         raise ValueError(f"the UNet is in {str(pipe.unet.dtype).removeprefix('torch.')}, in which "
-                         "small steps are lost; call pipe.to(torch.float32) before training.")
+                         "small steps are lost. Call pipe.unet.float() before training, or train "
+                         "an adapter over it (lora_rank), whose weights are in float32.")
 
 # %% ../nbs/06_training.ipynb 16
 def equal_batches(
@@ -232,10 +246,12 @@ def summary(
     watched: list[dict],  # of every update: loss, grad_norm and what `compute_loss` measures
     sizes: list[int],     # samples of every update
 ) -> dict[str, float]:
-    "Means over samples; of max_log_ratio the first, from before any update."
-    row = {key: float(np.average([update[key] for update in watched], weights=sizes))
+    """Means over samples, without the updates that were skipped, of which the number is given;
+    of max_log_ratio the first, from before any update."""
+    kept = [i for i, update in enumerate(watched) if not update["skipped"]]
+    row = {key: float(np.average([watched[i][key] for i in kept], weights=[sizes[i] for i in kept]))
            for key in watched[0]}
-    return row | {"max_log_ratio": watched[0]["max_log_ratio"]}
+    return row | {"max_log_ratio": watched[0]["max_log_ratio"], "skipped": len(watched) - len(kept)}
 
 # %% ../nbs/06_training.ipynb 22
 def train(
@@ -245,18 +261,26 @@ def train(
     reward_fn: Callable,                   # (images, prompts) → one number each, higher is better
     on_epoch: Callable[[dict], None] = lambda row: None,  # gets each epoch's metrics
 ) -> list[dict]:                           # a row of metrics for each epoch
-    """Train the pipeline's UNet with DDPO. `ValueError` before an update that is not finite.
+    """Train the pipeline's UNet with DDPO. `ValueError` after ten non-finite updates in a row.
 
     A row holds epoch, reward_mean, reward_std, loss, grad_norm, clip_fraction, approx_kl,
-    max_log_ratio, ref_kl (where kl_coef is above 0) and seconds."""
+    max_log_ratio, ref_kl (where kl_coef is above 0), skipped (updates) and seconds."""
     check_run(config, pipe)
     set_seed(config.seed)
     device, unet, count = pipe.device, pipe.unet, config.num_samples_per_epoch
     (unet.enable_gradient_checkpointing if config.gradient_checkpointing
      else unet.disable_gradient_checkpointing)()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    tracker = PerPromptStatTracker(config.buffer_size, config.min_count)
-    reference = copy.deepcopy(unet).requires_grad_(False) if config.kl_coef > 0 else None
+    if config.lora_rank:
+        add_lora(unet, config.lora_rank, config.lora_alpha, config.lora_targets)
+    unet.eval()  # without dropout, sampling and loss see one policy
+    weights = trained_weights(unet)
+    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
+    scaler = torch.amp.GradScaler(
+        device.type, init_scale=1024.0,
+        enabled=config.precision == "fp16" or unet.dtype == torch.float16)
+    tracker, skipped = PerPromptStatTracker(config.buffer_size, config.min_count), Skipped()
+    reference = None if config.kl_coef == 0 else (
+        AdapterOff(unet) if config.lora_rank else copy.deepcopy(unet).requires_grad_(False))
     drawn = PromptDataset(prompt_fn, count // config.samples_per_prompt)
     shuffler = torch.Generator().manual_seed(config.seed)
     master_bar, progress_bar = progress_bars()
@@ -272,9 +296,10 @@ def train(
         batches = torch.arange(count).split(config.sample_batch_size)
         for batch in progress_bar(batches, parent=bar):
             noise = noise_sources(config.seed, TRAINING, (epoch * count + batch).tolist())
-            _, *sample = sample_and_calculate_rewards(
-                [all_prompts[i] for i in batch], pipe, config.img_size, config.cfg,
-                config.num_timesteps, decoding_fn, reward_fn, device, config.eta, noise)
+            with in_precision(config.precision, unet):
+                _, *sample = sample_and_calculate_rewards(
+                    [all_prompts[i] for i in batch], pipe, config.img_size, config.cfg,
+                    config.num_timesteps, decoding_fn, reward_fn, device, config.eta, noise)
             samples.append(sample)
         rewards, all_step_preds, log_probs = zip(*samples)
         all_rewards = torch.cat(rewards)
@@ -289,23 +314,29 @@ def train(
         for i, batch in enumerate(progress_bar(batches, parent=bar)):
             optimizer.zero_grad()
             metrics = {}
-            loss = compute_loss(
-                all_step_preds[:, batch], log_probs[:, batch], advantages[batch],
-                config.clip_advantages, config.clip_ratio, [all_prompts[j] for j in batch], pipe,
-                config.num_timesteps, config.cfg, config.eta, device, config.timestep_fraction,
-                config.kl_coef, reference, metrics)
-            norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), config.max_grad_norm).item()
-            check_update(loss, norm, f"epoch {epoch + 1}, batch {i + 1} of {len(batches)}")
-            optimizer.step()
-            watched.append(dict(loss=loss, grad_norm=norm, **metrics))
+            with in_precision(config.precision, unet, reference):
+                loss = compute_loss(
+                    all_step_preds[:, batch], log_probs[:, batch], advantages[batch],
+                    config.clip_advantages, config.clip_ratio, [all_prompts[j] for j in batch],
+                    pipe, config.num_timesteps, config.cfg, config.eta, device,
+                    config.timestep_fraction, config.kl_coef, reference, metrics, scaler)
+            if epoch == i == 0: warn_of_noise(metrics["max_log_ratio"], config)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm).item()
+            skip = skipped(loss, norm, f"epoch {epoch + 1}, batch {i + 1} of {len(batches)}")
+            if not skip: scaler.step(optimizer)
+            scaler.update()
+            watched.append(dict(loss=loss, grad_norm=norm, **metrics, skipped=skip))
 
+        skipped.check_epoch(watched, epoch + 1)
         history.append({
             "epoch": epoch + 1, "reward_mean": all_rewards.mean().item(),
             "reward_std": all_rewards.std(correction=0).item(),
             **summary(watched, [len(batch) for batch in batches]),
             "seconds": time.perf_counter() - start})
         bar.write("epoch {epoch:3d}   reward {reward_mean:8.4f} ± {reward_std:.4f}   "
-                  "loss {loss:+.4f}   {seconds:.1f} s".format(**history[-1]))
+                  "loss {loss:+.4f}   {seconds:.1f} s".format(**history[-1])
+                  + (f"   {history[-1]['skipped']} skipped" if history[-1]["skipped"] else ""))
         on_epoch(history[-1])
     return history
 
@@ -336,9 +367,10 @@ def evaluate(
     for start in range(0, len(prompts), config.sample_batch_size):
         batch = prompts[start : start + config.sample_batch_size]
         noise = noise_sources(config.seed, EVALUATION, range(start, start + len(batch)))
-        imgs, scores, _, _ = sample_and_calculate_rewards(
-            batch, pipe, config.img_size, config.cfg, config.num_timesteps, decoding_fn,
-            look if unsettled else reward_fn, pipe.device, config.eta, noise)
+        with in_precision(config.precision, pipe.unet):
+            imgs, scores, _, _ = sample_and_calculate_rewards(
+                batch, pipe, config.img_size, config.cfg, config.num_timesteps, decoding_fn,
+                look if unsettled else reward_fn, pipe.device, config.eta, noise)
         images.append(imgs)
         rewards.append(scores)
     if unsettled:  # its units are those of all these pictures

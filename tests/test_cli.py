@@ -74,7 +74,7 @@ def test_the_command_leaves_a_whole_run():
         assert [row["epoch"] for row in rows] == ["1", "2"]
         assert list(rows[0]) == [
             "epoch", "reward_mean", "reward_std", "loss", "grad_norm", "clip_fraction", "approx_kl",
-            "max_log_ratio", "seconds"]
+            "max_log_ratio", "skipped", "seconds"]
         assert len(list(csv.DictReader((path / "evaluation.csv").open()))) == 7
         config = DDPOConfig(**yaml.safe_load((path / "config.yaml").read_text()))
         assert config == make_config("emoji", **SMALL, seed=3, device=config.device)
@@ -211,6 +211,25 @@ def test_what_is_written_down_is_what_ran():
         assert not (folder / "UNFINISHED.txt").exists()
 
 
+def test_an_adapter_is_left_instead_of_the_pipeline():
+    "With lora_rank: a folder that plain diffusers opens on top of the base; no pipeline."
+    pipe, config = load_pipeline("emoji", "cpu"), make_config("emoji", **SMALL, lora_rank=2)
+    with TemporaryDirectory() as runs:
+        folder = Path(runs) / "small"
+        run_training(config, pipe, emoji_animal_prompts, JPEGCompressibility(), folder)
+        left = {path.name for path in folder.iterdir()}
+        assert "lora" in left and not {"pipeline", "UNFINISHED.txt", "lora.part"} & left
+        assert DDPOConfig(**yaml.safe_load((folder / "config.yaml").read_text())).lora_targets == (
+            "to_q", "to_k", "to_v", "to_out.0")
+        plain = load_pipeline("emoji", "cpu")
+        plain.load_lora_weights(folder / "lora")
+    x, words = torch.randn(1, 4, 8, 8), torch.randn(1, 8, plain.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        ours, theirs = (p.unet(x, torch.tensor(500), encoder_hidden_states=words).sample
+                        for p in (pipe, plain))
+    assert torch.equal(ours, theirs)
+
+
 def test_ctrl_c_ends_in_one_sentence():
     "A real process, a real signal in the second epoch: what is kept is said, and no half is left."
     with TemporaryDirectory() as place:
@@ -290,5 +309,6 @@ def test_star_import_gives_the_main_names():
         "make_prompt_fn", "sample_and_calculate_rewards", "train", "evaluate", "fresh_prompts",
         "verdict", "run_training", "named_right", "load_classifier"}
     assert not public & {"fit", "blur", "parse", "differences", "write_file", "csv_text", "augment",
-                         "check_field", "to_array", "prepare", "main", "COUNTS", "TRAINING"}
+                         "check_field", "to_array", "prepare", "main", "COUNTS", "TRAINING",
+                         "run_folder", "check_run_name", "LORA_TARGETS"}
     assert len(public) < 60, sorted(public)

@@ -50,7 +50,9 @@ def test_presets_are_the_blogs_and_its_miniature():
         eta=1.0, weight_decay=1e-4, max_grad_norm=1.0, buffer_size=32, min_count=16,
         sample_batch_size=32, pipeline="CompVis/stable-diffusion-v1-4", reward="aesthetic",
         prompts="imagenet_animal_prompts", gradient_checkpointing=True, anneal_lr=False,
-        num_eval_samples=128, timestep_fraction=1.0, samples_per_prompt=1, kl_coef=0.0)
+        num_eval_samples=128, timestep_fraction=1.0, samples_per_prompt=1, kl_coef=0.0,
+        precision="fp32", lora_rank=0, lora_alpha=None,
+        lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(DDPOConfig)} - set(blog) == {"seed", "device"}
     assert PRESETS["emoji"].pipeline == "emoji"
@@ -178,8 +180,9 @@ def test_metrics_of_an_epoch():
         config = make_config("emoji", **TINY | dict(lr=1e-3, clip_ratio=1e-3) | changes)
         return train(config, pipe, lambda: "a fox", redness), (weights(pipe) - start).norm()
     free, _ = run()
-    assert all(set(row) == {"epoch", "reward_mean", "reward_std", "loss", "grad_norm", "seconds",
-                            "clip_fraction", "approx_kl", "max_log_ratio"} for row in free)
+    columns = {"epoch", "reward_mean", "reward_std", "loss", "grad_norm", "clip_fraction",
+               "approx_kl", "max_log_ratio", "skipped", "seconds"}
+    assert all(set(row) == columns and row["skipped"] == 0 for row in free)
     assert all(row["max_log_ratio"] < 1e-4 and row["grad_norm"] > 0 for row in free)
     assert free[1]["approx_kl"] > 0 and 0 < free[1]["clip_fraction"] < 1
     tied, _ = run(kl_coef=100.0, num_epochs=4)
@@ -291,8 +294,8 @@ def test_training_stops_before_the_weights_are_ruined():
         loss = real(*arguments)
         pipe.unet.conv_in.weight.grad[0, 0, 0, 0] = torch.nan
         return loss
-    for broken, match in ((overflows, "epoch 1, batch 1 of 2: the loss is inf"),
-                          (ruins_gradient, "the norm of its gradient nan.*learning rate")):
+    for broken, match in ((overflows, "epoch 1: none of its 2 updates was finite.*loss inf"),
+                          (ruins_gradient, "norm of the gradient nan.*learning rate")):
         with patch.object(training, "compute_loss", broken):
             with pytest.raises(ValueError, match=match):
                 train(config, pipe, lambda: "a fox", redness)
@@ -300,7 +303,7 @@ def test_training_stops_before_the_weights_are_ruined():
     with pytest.raises(ValueError, match="NaN|nan|inf"):
         train(make_config("emoji", **TINY, lr=1e6), pipe, lambda: "a fox", redness)
     assert weights(pipe).isfinite().all()
-    with pytest.raises(ValueError, match=r"UNet is in float16.*pipe.to\(torch.float32\)"):
+    with pytest.raises(ValueError, match=r"UNet is in float16.*pipe.unet.float\(\)"):
         train(config, load_pipeline("emoji", "cpu").to(torch.float16), lambda: "a fox", redness)
 
 
