@@ -16,6 +16,8 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import nn
 
+from .precision import DTYPES
+
 # %% ../nbs/90_checks.ipynb 5
 def check_pipe(
     pipe: StableDiffusionPipeline,
@@ -263,8 +265,8 @@ def check_field(
         raise ValueError(f"{name} must be above 0 and at most 1 (all steps), not {value!r}.")
     if name in ("cfg", "weight_decay", "kl_coef") and not number(numbers.Real, 0):
         raise ValueError(f"{name} must be a number of at least 0, not {value!r}.")
-    if name == "precision" and value not in ("fp32", "bf16", "fp16"):
-        raise ValueError(f"precision must be 'fp32', 'bf16' or 'fp16', not {value!r}.")
+    if name == "precision" and value not in list(DTYPES):
+        raise ValueError(f"precision must be {' or '.join(map(repr, DTYPES))}, not {value!r}.")
     if name == "lora_rank" and not number(numbers.Integral, 0):
         raise ValueError(f"{name} must be a whole number of at least 0 (no LoRA), not {value!r}.")
     if name == "lora_alpha" and value is not None and not (number(numbers.Real, 0) and value > 0):

@@ -32,7 +32,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from .checks import check_reward_fn
-from .lora import save_lora
+from .lora import adapters_of, save_lora
 from .pipelines import load_pipeline, pipeline_source
 from .prompts import PromptFile, emoji_animals, emoji_prompts
 from ddpo_scratch.rewards import (
@@ -53,6 +53,7 @@ from ddpo_scratch.training import (
     fresh_prompts,
     make_config,
     make_prompt_fn,
+    no_reward,
     train,
     verdict,
 )
@@ -94,10 +95,14 @@ def csv_text(
     return text.getvalue()
 
 
-def png_bytes(figure: Figure) -> bytes:
+def png_bytes(
+    figure: Figure,
+    dpi: int = 120,
+    cropped: bool = True,  # to what is drawn; else the size is the figure's
+) -> bytes:
     "A matplotlib figure as a PNG file."
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight" if cropped else None)
     return buffer.getvalue()
 
 # %% ../nbs/08_cli.ipynb 6
@@ -159,9 +164,7 @@ def strip_frame(
     figure = image_grid(images, [label[:20] for label in labels], len(labels))
     figure.suptitle(title, fontsize=8, y=0.99)
     figure.subplots_adjust(0.01, 0, 0.99, 0.82, 0.05)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return Image.open(buffer).convert("RGB")
+    return Image.open(io.BytesIO(png_bytes(figure, dpi=100, cropped=False))).convert("RGB")
 
 
 def gif_bytes(
@@ -298,7 +301,7 @@ class Progress:
         self.look("before")
 
     def look(self, title: str) -> None:
-        images, _ = evaluate(self.config, self.pipe, self.prompts, lambda i, p: np.zeros(len(p)))
+        images, _ = evaluate(self.config, self.pipe, self.prompts, no_reward)
         self.columns.append(images)
         self.titles.append(title)
         strip = progress_strip(self.columns, self.titles, self.prompts)
@@ -359,11 +362,11 @@ def run_training(
         write_file(folder / "evaluation.csv", csv_text([
             {"prompt": prompt, "before": old, "after": new}
             for prompt, old, new in zip(prompts, before.tolist(), after.tolist())]))
-        adapted = bool(getattr(pipe.unet, "peft_config", None))
-        with at_one_stroke(folder / ("lora" if adapted else "pipeline")) as part:
-            save_lora(pipe, part) if adapted else pipe.save_pretrained(part)
-    if not adapted:
-        pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # no longer what it was
+        if adapters_of(pipe.unet):
+            with at_one_stroke(folder / "lora") as part: save_lora(pipe, part)
+        else:
+            with at_one_stroke(folder / "pipeline") as part: pipe.save_pretrained(part)
+            pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # what it is now
 
 # %% ../nbs/08_cli.ipynb 17
 GROUPS = {

@@ -17,6 +17,13 @@ from peft.utils import get_peft_model_state_dict
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's four matrices
 
 
+def adapters_of(
+    unet: UNet2DConditionModel,
+) -> dict[str, LoraConfig]:  # by name; empty without any
+    "The adapters that the UNet has."
+    return getattr(unet, "peft_config", {})
+
+
 def trained_weights(
     unet: UNet2DConditionModel,
 ) -> list[torch.nn.Parameter]:  # at least one
@@ -33,7 +40,7 @@ def check_lora(
     targets: tuple[str, ...],
 ) -> None:
     "`ValueError` where the UNet has an adapter, or a target names nothing that can have one."
-    if adapters := getattr(unet, "peft_config", None):
+    if adapters := adapters_of(unet):
         raise ValueError(
             f"the UNet has an adapter already ({', '.join(adapters)}). To train that one, leave "
             "lora_rank at 0; to begin anew, load the pipeline without it.")
@@ -84,7 +91,7 @@ def save_lora(
     """The adapter as `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`.
 
     `ValueError` where the UNet has none, or several."""
-    adapters = getattr(pipe.unet, "peft_config", {})
+    adapters = adapters_of(pipe.unet)
     if len(adapters) != 1:
         raise ValueError(f"the UNet has {len(adapters)} adapters ({', '.join(adapters)}), and one "
                          "is wanted. See add_lora, and pipe.delete_adapters.")

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 
 # %% ../nbs/12_precision.ipynb 4
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @contextmanager

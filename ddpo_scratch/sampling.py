@@ -39,7 +39,8 @@ def predict_noise(
 
     Ho & Salimans 2022, eq. 6, with w counted from 1 as in Imagen. The UNet is asked in its own
     floating-point type, and answers in that of the latents."""
-    x, words = x_t.to(unet.dtype), embeddings.to(unet.dtype)
+    dtype = unet.dtype
+    x, words = x_t.to(dtype), embeddings.to(dtype)
     if guidance_scale <= 1:
         return unet(x, t, encoder_hidden_states=words).sample.to(x_t.dtype)
     rows = unet(torch.cat([x, x]), t, encoder_hidden_states=words).sample.to(x_t.dtype)

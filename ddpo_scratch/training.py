@@ -248,8 +248,9 @@ def summary(
 ) -> dict[str, float]:
     """Means over samples, without the updates that were skipped, of which the number is given;
     of max_log_ratio the first, from before any update."""
-    kept = [i for i, update in enumerate(watched) if not update["skipped"]]
-    row = {key: float(np.average([watched[i][key] for i in kept], weights=[sizes[i] for i in kept]))
+    kept = [pair for pair in zip(watched, sizes) if not pair[0]["skipped"]]
+    updates, weights = zip(*kept)
+    row = {key: float(np.average([update[key] for update in updates], weights=weights))
            for key in watched[0]}
     return row | {"max_log_ratio": watched[0]["max_log_ratio"], "skipped": len(watched) - len(kept)}
 
@@ -349,7 +350,12 @@ def fresh_prompts(
     random.seed(config.seed + 1_000_000)
     return list(PromptDataset(prompt_fn, config.num_eval_samples))
 
+# %% ../nbs/06_training.ipynb 25
+def no_reward(images: np.ndarray, prompts: list[str]) -> np.ndarray:
+    "For pictures that are only to be looked at."
+    return np.zeros(len(prompts))
 
+# %% ../nbs/06_training.ipynb 26
 def evaluate(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,
@@ -378,7 +384,7 @@ def evaluate(
                                      for name in parts[0]})]
     return np.concatenate(images), torch.cat(rewards)
 
-# %% ../nbs/06_training.ipynb 26
+# %% ../nbs/06_training.ipynb 28
 def verdict(
     before: torch.Tensor,  # rewards of the untrained model, [N]
     after: torch.Tensor,   # of the trained one, on the same prompts and noise, [N]

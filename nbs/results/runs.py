@@ -10,8 +10,6 @@ import argparse
 import time
 from pathlib import Path
 
-import numpy as np
-
 from ddpo_scratch.cli import csv_text, png_bytes, progress_strip, write_file
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.rewards import (
@@ -22,7 +20,14 @@ from ddpo_scratch.rewards import (
     make_reward,
     share_right,
 )
-from ddpo_scratch.training import evaluate, fresh_prompts, make_config, make_prompt_fn, train
+from ddpo_scratch.training import (
+    evaluate,
+    fresh_prompts,
+    make_config,
+    make_prompt_fn,
+    no_reward,
+    train,
+)
 
 HERE = Path(__file__).parent
 kilobytes, judge, classifier = JPEGCompressibility(), load_judge(), load_classifier()
@@ -36,7 +41,10 @@ GROUPS = {
 
 # Chapter 5. One update for an epoch's pictures; with the preset's learning rate, or a larger one.
 REINFORCE = GROUPS["running"] | dict(batch_size=128)
-REINFORCES = {"reinforce": REINFORCE, "reinforce x4": REINFORCE | dict(lr=4 * 1.3e-4)}
+REINFORCES = {
+    "reinforce": REINFORCE,
+    "reinforce x4": REINFORCE | dict(lr=4 * make_config("emoji").lr),
+}
 
 # Chapter 9. A reward that does not read the prompt, first with large steps; then the cures.
 GAMED = dict(reward="jpeg_compressibility", cfg=3.0, samples_per_prompt=1, batch_size=16)
@@ -91,10 +99,6 @@ def watched(
     return rows
 
 
-def nothing(images, prompts):
-    return np.zeros(len(prompts))
-
-
 def compared(runs):
     return [row for seed in (0, 1) for name, changes in runs.items()
             for row in watched(name, make_config(
@@ -128,7 +132,7 @@ def right():
             pipe = load_pipeline("emoji" if model == "untrained" else f"runs/seed{seed}/pipeline")
             prompts = fresh_prompts(config, make_prompt_fn(config.prompts))
             start = time.perf_counter()
-            images, _ = evaluate(config, pipe, prompts, nothing)
+            images, _ = evaluate(config, pipe, prompts, no_reward)
             seconds = time.perf_counter() - start
             rows.append({
                 "seed": seed, "model": model, "guidance": guidance,
