@@ -240,7 +240,7 @@ def check_weight(
 # %% ../nbs/90_checks.ipynb 18
 COUNTS = ("num_samples_per_epoch", "samples_per_prompt", "num_epochs", "num_inner_epochs",
           "num_timesteps", "batch_size", "sample_batch_size", "num_eval_samples", "img_size",
-          "buffer_size", "min_count")
+          "buffer_size", "min_count", "gradient_accumulation", "save_every", "keep")
 POSITIVE = ("eta", "lr", "max_grad_norm", "clip_advantages", "clip_ratio")
 
 

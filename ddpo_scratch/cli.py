@@ -8,16 +8,20 @@ __all__ = ['run_training']
 # %% ../nbs/08_cli.ipynb 3
 import argparse
 import csv
+import difflib
 import inspect
 import io
-import os
+import platform
 import re
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, field, fields, make_dataclass, replace
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
 from typing import Annotated
@@ -31,8 +35,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import SafetensorError
 
+from ddpo_scratch.checkpoints import (
+    Stopped,
+    checkpoints_in,
+    load_checkpoint,
+    newest_intact,
+    save_checkpoint,
+    save_trained,
+    stop_after_a_batch,
+    write_file,
+)
 from .checks import check_reward_fn
-from .lora import adapters_of, save_lora
+from .lora import adapters_of
 from .pipelines import load_pipeline, pipeline_source
 from .prompts import PromptFile, emoji_animals, emoji_prompts
 from ddpo_scratch.rewards import (
@@ -48,6 +62,7 @@ from ddpo_scratch.training import (
     PRESETS,
     PROMPTS,
     DDPOConfig,
+    TrainingState,
     check_run,
     evaluate,
     fresh_prompts,
@@ -59,31 +74,6 @@ from ddpo_scratch.training import (
 )
 
 # %% ../nbs/08_cli.ipynb 5
-@contextmanager
-def at_one_stroke(
-    path: Path,  # of a file or a folder
-):
-    "A name to write to, which becomes `path` if all goes well and is gone if it does not."
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
-
-
-def write_file(
-    path: Path,
-    content: str | bytes,
-) -> None:
-    "Write a file at one stroke."
-    with at_one_stroke(path) as part:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
 def csv_text(
     rows: list[dict],  # with the same keys
 ) -> str:
@@ -246,43 +236,110 @@ def what_ran(
         device=str(pipe.device))
 
 # %% ../nbs/08_cli.ipynb 12
+def read_config(
+    path: str | Path,  # a YAML file, a setting a line
+) -> dict:             # fields of `DDPOConfig`
+    "Settings from a file. `ValueError` for what is no file of settings, with the nearest name."
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"the settings in {str(path)!r} cannot be read: {error}. A YAML file with "
+                         "a setting a line is wanted, such as a run's config.yaml.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{str(path)!r} holds no settings: lines such as `lr: 0.0001` are wanted.")
+    types = {setting.name: setting.type for setting in fields(DDPOConfig)}
+    for name, value in values.items():
+        if name not in types:
+            near = difflib.get_close_matches(str(name), types, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else " `ddpo_train --help` lists them all."
+            raise ValueError(f"{str(path)!r}: there is no setting {name!r}.{hint}")
+        if isinstance(value, str) and types[name] is float:  # to YAML, 1e-4 is no number
+            with suppress(ValueError): values[name] = float(value)
+    return values
+
+
+def check_unchanged(
+    config: DDPOConfig,
+    folder: Path,        # of the run that is to be resumed
+) -> None:
+    "`ValueError` with all differences from what the run wrote down; `num_epochs` may have grown."
+    begun = DDPOConfig(**read_config(folder / "config.yaml"))
+    if not (folder / UNFINISHED).exists() and config.num_epochs == begun.num_epochs:
+        raise ValueError(f"the run in {folder} has come to its end, after {begun.num_epochs} "
+                         "epochs. To go on, give it more: --num_epochs.")
+    changed = [
+        f"{name} was {old!r} and is {new!r}"
+        for (name, old), new in zip(asdict(begun).items(), asdict(config).values())
+        if (new < old if name == "num_epochs" else new != old)]
+    if changed:
+        raise ValueError(f"a run goes on with the settings that it began with, and in {folder} "
+                         f"{'; '.join(changed)}. Only num_epochs may change, and grow.")
+
+
+def versions() -> dict:
+    "What the run is made with: packages, Python, the machine, the revision of the code around."
+    packages = ("ddpo_scratch", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in packages:
+        with suppress(PackageNotFoundError): found[name] = version(name)
+    if torch.cuda.is_available(): found["gpu"] = torch.cuda.get_device_name()
+    with suppress(OSError, subprocess.CalledProcessError):
+        git = partial(subprocess.run, capture_output=True, text=True, check=True)
+        found["git"] = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+        if git(["git", "status", "--porcelain"]).stdout: found["git"] += ", with changes"
+    return found
+
+# %% ../nbs/08_cli.ipynb 14
 UNFINISHED = "UNFINISHED.txt"
 
 
 @contextmanager
 def unfinished_until_the_end(
-    folder: Path,  # is made; must hold nothing yet
+    folder: Path,  # is made; must hold nothing yet, unless a run is resumed
+    resume: bool,
 ):
     "A note in the folder that goes away if all goes well."
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
+    if any(folder.iterdir()) and not resume:
         raise ValueError(f"{folder} is not empty. Results are never written over: give another "
                          "folder.")
     note = folder / UNFINISHED
-    write_file(note, "This run is still going on, or it was killed. Its weights are not saved.\n")
+    write_file(note, "This run is still going on, or it was killed. If it was, this goes on:\n"
+                     f"ddpo_train --resume {folder}\n")
     try:
         yield
     except BaseException as error:
         with suppress(OSError):
             reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-            write_file(note, "This run did not finish, and its weights are not saved. "
-                             f"It ended with {reason}\n")
+            write_file(note, f"This run did not finish. It ended with {reason}\n{newest(folder)}\n")
         raise
     note.unlink()
+
+
+def newest(
+    folder: Path,
+) -> str:
+    "What there is to go on with, in a sentence."
+    checkpoints = checkpoints_in(folder / "checkpoints")
+    if not checkpoints:
+        return "No checkpoint was written, and the fine-tuned weights are not saved."
+    trained = next(path for path in checkpoints[-1].iterdir() if path.is_dir())
+    return (f"{trained} is what was trained, for diffusers. "
+            f"To go on: ddpo_train --resume {folder}")
 
 
 def kept(
     folder: Path,
 ) -> str:
-    "What an unfinished run leaves, in a sentence."
+    "What an unfinished run leaves, in a sentence or two."
     if not folder.is_dir():
         return f"{folder} is gone."
     names = sorted(path.name for path in folder.iterdir() if path.name != UNFINISHED)
     if not names:
         return f"{folder} keeps nothing but a note."
-    return f"{folder} keeps {', '.join(names)}; the fine-tuned weights are not saved."
+    return f"{folder} keeps {', '.join(names)}. {newest(folder)}"
 
-# %% ../nbs/08_cli.ipynb 14
+# %% ../nbs/08_cli.ipynb 16
 class Progress:
     "The first six different prompts, drawn from the same noise before training and on the way."
 
@@ -292,22 +349,22 @@ class Progress:
         pipe: StableDiffusionPipeline,
         prompts: list[str],
         folder: Path,           # gets progress.png and progress.gif
-        looks: int = 8,         # columns beside the first, at most
+        looks: dict[str, torch.Tensor],  # pictures by title; of a run that is resumed, its own
+        count: int = 8,         # looks after the first, at most
     ):
-        self.config, self.pipe, self.folder = config, pipe, folder
+        self.config, self.pipe, self.folder, self.looks = config, pipe, folder, looks
         self.prompts = list(dict.fromkeys(prompts))[:6]
-        self.shown = {round(config.num_epochs * k / looks) for k in range(1, looks + 1)}
-        self.columns, self.titles, self.frames = [], [], []
-        self.look("before")
+        self.shown = {round(config.num_epochs * k / count) for k in range(1, count + 1)}
 
     def look(self, title: str) -> None:
         images, _ = evaluate(self.config, self.pipe, self.prompts, no_reward)
-        self.columns.append(images)
-        self.titles.append(title)
-        strip = progress_strip(self.columns, self.titles, self.prompts)
+        self.looks[title] = torch.from_numpy(images)
+        columns = [images.numpy() for images in self.looks.values()]
+        strip = progress_strip(columns, list(self.looks), self.prompts)
         write_file(self.folder / "progress.png", png_bytes(strip))
-        self.frames.append(strip_frame(images, title, self.prompts))
-        write_file(self.folder / "progress.gif", gif_bytes(self.frames))
+        frames = [strip_frame(images, title, self.prompts)
+                  for title, images in zip(self.looks, columns)]
+        write_file(self.folder / "progress.gif", gif_bytes(frames))
 
     def after(self, epoch: int) -> None:
         if epoch in self.shown:
@@ -324,51 +381,92 @@ def judged(
         return ""
     return f"{share_right(images, prompts, load_judge()):.0%}"
 
-# %% ../nbs/08_cli.ipynb 15
+# %% ../nbs/08_cli.ipynb 17
+def first_look(
+    config: DDPOConfig,
+    pipe: StableDiffusionPipeline,
+    prompt_fn: Callable[[], str],
+    reward_fn: Callable,
+    folder: Path,    # gets before.png
+) -> dict:           # what a run has to remember, plain values
+    "The untrained model, judged."
+    prompts = fresh_prompts(config, prompt_fn)
+    images, before = evaluate(config, pipe, prompts, reward_fn)
+    save_pictures(folder / "before.png", prompts, images, before)
+    return {"prompts": prompts, "before": before, "right": judged(images, prompts), "looks": {},
+            "units": getattr(reward_fn, "units", {})}
+
+
+def last_look(
+    config: DDPOConfig,
+    pipe: StableDiffusionPipeline,
+    reward_fn: Callable,
+    folder: Path,    # gets after.png and evaluation.csv
+    run: dict,       # of `first_look`
+) -> None:
+    "The trained model, judged on the same prompts and noise; prints the verdict."
+    prompts, before = run["prompts"], run["before"]
+    images, after = evaluate(config, pipe, prompts, reward_fn)
+    print(verdict(before, after), flush=True)
+    if run["right"]:
+        print(f"right animals, says the judge: {run['right']} before, {judged(images, prompts)} "
+              "after", flush=True)
+    save_pictures(folder / "after.png", prompts, images, after)
+    write_file(folder / "evaluation.csv", csv_text([
+        {"prompt": prompt, "before": old, "after": new}
+        for prompt, old, new in zip(prompts, before.tolist(), after.tolist())]))
+
+# %% ../nbs/08_cli.ipynb 18
 def run_training(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,     # its UNet is trained in place
     prompt_fn: Callable[[], str],
     reward_fn: Callable,               # (images, prompts) → one number each
-    folder: str | Path,                # new or empty; is made
+    folder: str | Path,                # new or empty, and is made; or, to resume, the run's
+    resume: bool = False,              # whether to go on from the newest checkpoint there
 ) -> None:
-    "Evaluate, train, evaluate again; leave everything in `folder`."
+    """Evaluate, train, evaluate again; leave everything in `folder`.
+
+    On Ctrl-C or SIGTERM, a checkpoint after the batch under way, and `Stopped`, which is a
+    `KeyboardInterrupt`."""
     check_run(config, pipe)
     check_reward_fn(reward_fn)
     folder, config = Path(folder), what_ran(config, pipe, prompt_fn, reward_fn)
-    with unfinished_until_the_end(folder):
-        write_file(folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
-        prompts = fresh_prompts(config, prompt_fn)
-        images, before = evaluate(config, pipe, prompts, reward_fn)
-        save_pictures(folder / "before.png", prompts, images, before)
-        right = judged(images, prompts)
-        progress = Progress(config, pipe, prompts, folder)
+    if resume: check_unchanged(config, folder)
+    with unfinished_until_the_end(folder, resume):
+        for name, values in (("config", asdict(config)), ("versions", versions())):
+            write_file(folder / f"{name}.yaml", yaml.safe_dump(values, sort_keys=False))
+        checkpoint = newest_intact(folder / "checkpoints") if resume else None
+        run = None if checkpoint else first_look(config, pipe, prompt_fn, reward_fn, folder)
+        state = TrainingState(config, pipe)
+        if checkpoint:
+            run = load_checkpoint(checkpoint, pipe, state)
+            if run["units"]: reward_fn.units = run["units"]
+            print(f"going on from {checkpoint}", flush=True)
+        progress = Progress(config, pipe, run["prompts"], folder, run["looks"])
+        if not run["looks"]: progress.look("before")
 
-        history = []
+        save = partial(save_checkpoint, folder / "checkpoints", config.keep, pipe, state, run)
         def on_epoch(row):
-            history.append(row)
-            write_file(folder / "metrics.csv", csv_text(history))
-            curve = reward_curve(history, config.reward)
+            write_file(folder / "metrics.csv", csv_text(state.history))
+            curve = reward_curve(state.history, config.reward)
             write_file(folder / "reward_curve.png", png_bytes(curve))
             progress.after(row["epoch"])
-        train(config, pipe, prompt_fn, reward_fn, on_epoch)
+            if row["epoch"] % config.save_every == 0 or row["epoch"] == config.num_epochs: save()
+        with stop_after_a_batch() as on_batch:
+            try:
+                train(config, pipe, prompt_fn, reward_fn, on_epoch, on_batch, state)
+                on_batch()
+            except Stopped:
+                save()
+                raise
+        last_look(config, pipe, reward_fn, folder, run)
+        save_trained(pipe, folder)
+        for old in checkpoints_in(folder / "checkpoints")[:-1]: shutil.rmtree(old)
+    if not adapters_of(pipe.unet):
+        pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # what it is now
 
-        images, after = evaluate(config, pipe, prompts, reward_fn)
-        print(verdict(before, after), flush=True)
-        if right:
-            print(f"right animals, says the judge: {right} before, {judged(images, prompts)} after",
-                  flush=True)
-        save_pictures(folder / "after.png", prompts, images, after)
-        write_file(folder / "evaluation.csv", csv_text([
-            {"prompt": prompt, "before": old, "after": new}
-            for prompt, old, new in zip(prompts, before.tolist(), after.tolist())]))
-        if adapters_of(pipe.unet):
-            with at_one_stroke(folder / "lora") as part: save_lora(pipe, part)
-        else:
-            with at_one_stroke(folder / "pipeline") as part: pipe.save_pretrained(part)
-            pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # what it is now
-
-# %% ../nbs/08_cli.ipynb 17
+# %% ../nbs/08_cli.ipynb 20
 GROUPS = {
     "what": ("what to train on", ("pipeline", "prompts", "reward", "img_size", "seed")),
     "how_much": ("how much work it is", (
@@ -380,7 +478,8 @@ GROUPS = {
     "how_far": ("how far it may go, and what counts as better than usual", (
         "cfg", "eta", "clip_ratio", "clip_advantages", "kl_coef", "buffer_size", "min_count")),
     "machine": ("speed and memory; what is learnt changes by rounding only", (
-        "sample_batch_size", "precision", "gradient_checkpointing", "device")),
+        "sample_batch_size", "gradient_accumulation", "precision", "gradient_checkpointing",
+        "device", "save_every", "keep")),
 }
 
 DESCRIPTION = """Train a text-to-image model on a reward with DDPO.
@@ -410,28 +509,40 @@ def flags_type(
         groups.append(flag(group, part, meaning, part()))
     return make_dataclass("ddpo_train", [
         flag("preset", str, f"which defaults: {' or '.join(PRESETS)}", "emoji"),
+        flag("config", str | None, "a YAML file with settings, such as a run's config.yaml", None),
         flag("name", str | None, "of the folder in runs/; None: pipeline, reward, a number", None),
+        flag("resume", str | None, "the folder of a run that goes on, such as runs/mine", None),
         *groups])
 
-# %% ../nbs/08_cli.ipynb 18
+# %% ../nbs/08_cli.ipynb 21
 def parse(
     argv: list[str],  # the command's arguments
-) -> tuple[DDPOConfig, str | None]:  # the configuration, and the run's name if one was given
+) -> tuple[DDPOConfig, str | None, Path | None]:  # configuration, name, folder to resume
     "Flags to configuration. `ValueError` for values that cannot be; tyro exits for unknown flags."
     first = argparse.ArgumentParser("ddpo_train", add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="emoji")
+    for name in ("preset", "config", "name", "resume"): first.add_argument(f"--{name}")
     for name in ("buffer_size", "min_count", "samples_per_prompt", "num_samples_per_epoch"):
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     given = vars(first.parse_known_args(argv)[0])
-    preset = given.pop("preset")
-    counts = {name: int(value) for name, value in given.items() if value and value.isdecimal()}
+    preset, file, name, resume = map(given.pop, ("preset", "config", "name", "resume"))
+    if resume and (preset or file or name):
+        raise ValueError("a run that is resumed has its settings and its name: leave out --preset, "
+                         "--config and --name.")
+    if resume: file = Path(resume) / "config.yaml"
+    changes = read_config(file) if file else {}
+    if not resume:
+        changes.update({count: int(value) for count, value in given.items()
+                        if value and value.isdecimal()})
     flags = tyro.cli(
-        flags_type(make_config(preset, **counts)), prog="ddpo_train", description=DESCRIPTION,
-        args=argv, use_underscores=True, config=(tyro.conf.OmitArgPrefixes,))
+        flags_type(make_config(preset or "emoji", **changes)), prog="ddpo_train",
+        description=DESCRIPTION, args=argv, use_underscores=True,
+        config=(tyro.conf.OmitArgPrefixes,))
     values = {key: value for group in GROUPS for key, value in vars(getattr(flags, group)).items()}
-    return DDPOConfig(**values), flags.name
+    config = DDPOConfig(**values)
+    if resume: check_unchanged(config, Path(resume))
+    return config, name, Path(resume) if resume else None
 
-# %% ../nbs/08_cli.ipynb 20
+# %% ../nbs/08_cli.ipynb 23
 def check_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],
@@ -452,28 +563,34 @@ def prepare(
     runs: Path,       # the folder of all runs
 ) -> tuple:           # the arguments of `run_training`; the folder is made last
     "Everything that can be refused, cheap things first."
-    config, name = parse(argv)
+    config, name, resume = parse(argv)
     prompt_fn = make_prompt_fn(config.prompts)
     check_prompts(config, prompt_fn)
     check_run_name(name, runs)
     pipe = load_pipeline(config.pipeline, config.device)
     check_run(config, pipe)
     reward_fn = make_reward(config.reward, pipe.device)
-    return config, pipe, prompt_fn, reward_fn, run_folder(config, name, runs)
+    folder = resume or run_folder(config, name, runs)
+    return config, pipe, prompt_fn, reward_fn, folder, resume is not None
 
 
 def main() -> None:
     "The command `ddpo_train`."
+    def leave(number, frame): raise Stopped(signal.Signals(number).name)
+    signal.signal(signal.SIGTERM, leave)
     folder = None
     try:
-        config, pipe, prompt_fn, reward_fn, folder = prepare(sys.argv[1:], Path("runs"))
+        *what, folder, resume = prepare(sys.argv[1:], Path("runs"))
+        config, pipe, _, _ = what
         print(f"{config.pipeline} on {pipe.device}, reward {config.reward}, {config.num_epochs} "
               f"epochs of {config.num_samples_per_epoch} pictures", flush=True)
-        run_training(config, pipe, prompt_fn, reward_fn, folder)
-    except KeyboardInterrupt:
+        run_training(*what, folder, resume)
+    except KeyboardInterrupt as error:
+        stop = error if isinstance(error, Stopped) else Stopped("SIGINT")
         left = kept(folder) if folder else "Nothing was written."
-        print(f"\nddpo_train: stopped by Ctrl-C. {left}", file=sys.stderr)
-        sys.exit(130)
+        print(f"\nddpo_train: stopped by {str(stop).replace('SIGINT', 'Ctrl-C')}. {left}",
+              file=sys.stderr)
+        sys.exit(stop.exit_code)
     except (ValueError, OSError, SafetensorError) as error:
         left = kept(folder) if folder else "Nothing was written."
         sys.exit(f"ddpo_train: {str(error).rstrip('.')}. {left}")

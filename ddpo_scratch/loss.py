@@ -109,6 +109,7 @@ def compute_loss(
     ref_unet: torch.nn.Module | None = None,  # the reference, frozen; needed where β is above 0
     metrics: dict | None = None,       # gets clip_fraction, approx_kl, max_log_ratio (and ref_kl)
     scaler: torch.amp.GradScaler | None = None,  # scales the gradient, which fp16 needs
+    share: float = 1.0,                # the gradient is multiplied by it: for a part of a batch
 ) -> float:                            # the loss: mean over the batch, sum over the trained steps
     "The clipped DDPO loss; adds its gradient to the UNet parameters' `.grad`. No optimiser step."
     check_policy_arguments(prompts, pipe, guidance_scale, num_inference_steps, eta)
@@ -122,7 +123,8 @@ def compute_loss(
     for step in range(max(1, round(num_inference_steps * timestep_fraction))):
         part = step_loss(step, x_t, original_log_probs, advantages, clip_ratio, embeddings,
                          pipe.unet, schedule, guidance_scale, kl_coef, ref_unet)
-        (part.loss if scaler is None else scaler.scale(part.loss)).backward()
+        loss = share * part.loss
+        (loss if scaler is None else scaler.scale(loss)).backward()
         parts.append(part._replace(loss=part.loss.detach()))
     loss, watched = sum_up(parts)
     if metrics is not None:

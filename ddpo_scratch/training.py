@@ -12,7 +12,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import fastprogress
@@ -87,17 +87,20 @@ class DDPOConfig:
     min_count: int | None = None  # from how many on they are its usual; None: half of buffer_size
 
     sample_batch_size: int = 32  # pictures sampled at a time; changes results by rounding only
+    gradient_accumulation: int = 1  # parts in which a batch's gradient is computed; saves memory
     precision: str = "fp32"  # of the UNet's arithmetic: fp32, bf16 or fp16; what is trained is fp32
     gradient_checkpointing: bool = True  # less memory in the backward pass, a third more time
     device: str | None = None  # any torch device; None: CUDA if there is one, else the CPU
+    save_every: int = 10  # epochs from one checkpoint to the next; there is one at the end, too
+    keep: int = 2  # the newest checkpoints that stay while the run goes on
 
     def __post_init__(self):
         if self.buffer_size is None and self.min_count is None:
             object.__setattr__(self, "buffer_size", 32)
         if isinstance(self.lora_targets, list):
             object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
-        for field in fields(self):
-            check_field(field.name, getattr(self, field.name))
+        for setting in fields(self):
+            check_field(setting.name, getattr(self, setting.name))
         if not self.lora_rank and (self.lora_alpha, self.lora_targets) != (None, LORA_TARGETS):
             raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank: set "
                              "that, or leave them out.")
@@ -242,6 +245,14 @@ def progress_bars() -> tuple[Callable, Callable]:  # fastprogress's master_bar a
     return PlainBar, PlainBar
 
 # %% ../nbs/06_training.ipynb 20
+def averages(
+    rows: list[dict],  # numbers with the same names
+    sizes: list[int],  # how many samples each is of
+) -> dict[str, float]:
+    "Means over samples."
+    return {key: float(np.average([row[key] for row in rows], weights=sizes)) for key in rows[0]}
+
+
 def summary(
     watched: list[dict],  # of every update: loss, grad_norm and what `compute_loss` measures
     sizes: list[int],     # samples of every update
@@ -249,99 +260,150 @@ def summary(
     """Means over samples, without the updates that were skipped, of which the number is given;
     of max_log_ratio the first, from before any update."""
     kept = [pair for pair in zip(watched, sizes) if not pair[0]["skipped"]]
-    updates, weights = zip(*kept)
-    row = {key: float(np.average([update[key] for update in updates], weights=weights))
-           for key in watched[0]}
-    return row | {"max_log_ratio": watched[0]["max_log_ratio"], "skipped": len(watched) - len(kept)}
+    return averages(*zip(*kept)) | {
+        "max_log_ratio": watched[0]["max_log_ratio"], "skipped": len(watched) - len(kept)}
 
 # %% ../nbs/06_training.ipynb 22
+@dataclass
+class Epoch:
+    "An epoch under way, of N samples."
+    prompts: list[str] = field(default_factory=list)  # N
+    samples: list[list[torch.Tensor]] = field(default_factory=list)  # of each batch, on the CPU:
+    #                                                    rewards, trajectories, log-probabilities
+    advantages: torch.Tensor | None = None  # [N], once all are sampled
+    batches: list[torch.Tensor] = field(default_factory=list)  # of the updates: samples' indices
+    watched: list[dict] = field(default_factory=list)  # what was measured at each update
+
+
+class TrainingState:
+    "What a run remembers from batch to batch. Make it right before `train`: it sets all seeds."
+
+    def __init__(
+        self,
+        config: DDPOConfig,
+        pipe: StableDiffusionPipeline,  # its UNet gets an adapter where lora_rank says so
+    ):
+        check_run(config, pipe)
+        set_seed(config.seed)
+        unet = pipe.unet
+        if config.lora_rank:
+            add_lora(unet, config.lora_rank, config.lora_alpha, config.lora_targets)
+        self.weights = trained_weights(unet)
+        self.reference = None if config.kl_coef == 0 else (
+            AdapterOff(unet) if config.lora_rank else copy.deepcopy(unet).requires_grad_(False))
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=config.lr, weight_decay=config.weight_decay)
+        self.scaler = torch.amp.GradScaler(
+            pipe.device.type, init_scale=1024.0,
+            enabled=config.precision == "fp16" or unet.dtype == torch.float16)
+        self.tracker = PerPromptStatTracker(config.buffer_size, config.min_count)
+        self.skipped = Skipped()
+        self.shuffler = torch.Generator().manual_seed(config.seed)
+        self.history, self.now = [], Epoch()
+
+# %% ../nbs/06_training.ipynb 24
+def batch_gradient(
+    config: DDPOConfig,
+    pipe: StableDiffusionPipeline,
+    state: TrainingState,          # with all samples of its epoch
+    all_step_preds: torch.Tensor,  # their trajectories, [T+1, N, C, h, w]
+    log_probs: torch.Tensor,       # [T, N]
+    batch: torch.Tensor,           # which of them, indices, [B]
+) -> dict[str, float]:             # loss, and what `compute_loss` measures
+    "Add the gradient of a batch's loss to the weights' `.grad`."
+    parts = [part for part in batch.tensor_split(config.gradient_accumulation) if len(part)]
+    measured, device = [], pipe.device
+    for part in parts:
+        metrics = {}
+        with in_precision(config.precision, pipe.unet, state.reference):
+            loss = compute_loss(
+                all_step_preds[:, part].to(device), log_probs[:, part].to(device),
+                state.now.advantages[part].to(device), config.clip_advantages, config.clip_ratio,
+                [state.now.prompts[i] for i in part], pipe, config.num_timesteps, config.cfg,
+                config.eta, device, config.timestep_fraction, config.kl_coef, state.reference,
+                metrics, state.scaler, len(part) / len(batch))
+        measured.append(dict(loss=loss, **metrics))
+    return averages(measured, [len(part) for part in parts]) | {
+        "max_log_ratio": max(part["max_log_ratio"] for part in measured)}
+
+# %% ../nbs/06_training.ipynb 26
 def train(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,         # its UNet is trained in place
     prompt_fn: Callable[[], str],          # draws a prompt
     reward_fn: Callable,                   # (images, prompts) → one number each, higher is better
     on_epoch: Callable[[dict], None] = lambda row: None,  # gets each epoch's metrics
+    on_batch: Callable[[], None] = lambda: None,  # is called after every batch; may raise
+    state: TrainingState | None = None,    # where to go on; None: at the beginning
 ) -> list[dict]:                           # a row of metrics for each epoch
     """Train the pipeline's UNet with DDPO. `ValueError` after ten non-finite updates in a row.
 
     A row holds epoch, reward_mean, reward_std, loss, grad_norm, clip_fraction, approx_kl,
     max_log_ratio, ref_kl (where kl_coef is above 0), skipped (updates) and seconds."""
-    check_run(config, pipe)
-    set_seed(config.seed)
-    device, unet, count = pipe.device, pipe.unet, config.num_samples_per_epoch
+    state = TrainingState(config, pipe) if state is None else state
+    unet, optimizer, count = pipe.unet, state.optimizer, config.num_samples_per_epoch
     (unet.enable_gradient_checkpointing if config.gradient_checkpointing
      else unet.disable_gradient_checkpointing)()
-    if config.lora_rank:
-        add_lora(unet, config.lora_rank, config.lora_alpha, config.lora_targets)
     unet.eval()  # without dropout, sampling and loss see one policy
-    weights = trained_weights(unet)
-    optimizer = torch.optim.AdamW(weights, lr=config.lr, weight_decay=config.weight_decay)
-    scaler = torch.amp.GradScaler(
-        device.type, init_scale=1024.0,
-        enabled=config.precision == "fp16" or unet.dtype == torch.float16)
-    tracker, skipped = PerPromptStatTracker(config.buffer_size, config.min_count), Skipped()
-    reference = None if config.kl_coef == 0 else (
-        AdapterOff(unet) if config.lora_rank else copy.deepcopy(unet).requires_grad_(False))
     drawn = PromptDataset(prompt_fn, count // config.samples_per_prompt)
-    shuffler = torch.Generator().manual_seed(config.seed)
     master_bar, progress_bar = progress_bars()
-
-    history, bar = [], master_bar(range(config.num_epochs))
+    bar = master_bar(range(len(state.history), config.num_epochs))
     for epoch in bar:
-        start, samples, watched = time.perf_counter(), [], []
+        start, now = time.perf_counter(), state.now
         optimizer.param_groups[0]["lr"] = config.lr * (
             1 - epoch / config.num_epochs if config.anneal_lr else 1)
 
         # 1. sample, and ask for rewards
-        all_prompts = [prompt for prompt in drawn for _ in range(config.samples_per_prompt)]
+        now.prompts = now.prompts or [
+            prompt for prompt in drawn for _ in range(config.samples_per_prompt)]
         batches = torch.arange(count).split(config.sample_batch_size)
-        for batch in progress_bar(batches, parent=bar):
+        for batch in progress_bar(batches[len(now.samples):], parent=bar):
             noise = noise_sources(config.seed, TRAINING, (epoch * count + batch).tolist())
             with in_precision(config.precision, unet):
                 _, *sample = sample_and_calculate_rewards(
-                    [all_prompts[i] for i in batch], pipe, config.img_size, config.cfg,
-                    config.num_timesteps, decoding_fn, reward_fn, device, config.eta, noise)
-            samples.append(sample)
-        rewards, all_step_preds, log_probs = zip(*samples)
-        all_rewards = torch.cat(rewards)
-        all_step_preds, log_probs = torch.cat(all_step_preds, dim=1), torch.cat(log_probs, dim=1)
+                    [now.prompts[i] for i in batch], pipe, config.img_size, config.cfg,
+                    config.num_timesteps, decoding_fn, reward_fn, pipe.device, config.eta, noise)
+            now.samples.append([part.cpu() for part in sample])
+            on_batch()
+        rewards, all_step_preds, log_probs = zip(*now.samples)
+        rewards, log_probs = torch.cat(rewards), torch.cat(log_probs, dim=1)
+        all_step_preds = torch.cat(all_step_preds, dim=1)
 
         # 2. rewards to advantages
-        advantages = torch.from_numpy(tracker.update(all_prompts, all_rewards)).to(device)
+        if now.advantages is None:
+            now.advantages = torch.from_numpy(state.tracker.update(now.prompts, rewards))
+            now.batches = [batch for _ in range(config.num_inner_epochs)
+                           for batch in equal_batches(count, config.batch_size, state.shuffler)]
 
         # 3. update the policy
-        batches = [batch for _ in range(config.num_inner_epochs)
-                   for batch in equal_batches(count, config.batch_size, shuffler)]
-        for i, batch in enumerate(progress_bar(batches, parent=bar)):
+        for batch in progress_bar(now.batches[len(now.watched):], parent=bar):
             optimizer.zero_grad()
-            metrics = {}
-            with in_precision(config.precision, unet, reference):
-                loss = compute_loss(
-                    all_step_preds[:, batch], log_probs[:, batch], advantages[batch],
-                    config.clip_advantages, config.clip_ratio, [all_prompts[j] for j in batch],
-                    pipe, config.num_timesteps, config.cfg, config.eta, device,
-                    config.timestep_fraction, config.kl_coef, reference, metrics, scaler)
-            if epoch == i == 0: warn_of_noise(metrics["max_log_ratio"], config)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(weights, config.max_grad_norm).item()
-            skip = skipped(loss, norm, f"epoch {epoch + 1}, batch {i + 1} of {len(batches)}")
-            if not skip: scaler.step(optimizer)
-            scaler.update()
-            watched.append(dict(loss=loss, grad_norm=norm, **metrics, skipped=skip))
+            metrics = batch_gradient(config, pipe, state, all_step_preds, log_probs, batch)
+            if epoch == 0 and not now.watched: warn_of_noise(metrics["max_log_ratio"], config)
+            state.scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(state.weights, config.max_grad_norm).item()
+            where = f"epoch {epoch + 1}, batch {len(now.watched) + 1} of {len(now.batches)}"
+            skip = state.skipped(metrics["loss"], norm, where)
+            if not skip: state.scaler.step(optimizer)
+            state.scaler.update()
+            now.watched.append({"loss": metrics.pop("loss"), "grad_norm": norm, **metrics,
+                                "skipped": skip})
+            on_batch()
 
-        skipped.check_epoch(watched, epoch + 1)
-        history.append({
-            "epoch": epoch + 1, "reward_mean": all_rewards.mean().item(),
-            "reward_std": all_rewards.std(correction=0).item(),
-            **summary(watched, [len(batch) for batch in batches]),
-            "seconds": time.perf_counter() - start})
+        state.skipped.check_epoch(now.watched, epoch + 1)
+        row = {"epoch": epoch + 1, "reward_mean": rewards.mean().item(),
+               "reward_std": rewards.std(correction=0).item(),
+               **summary(now.watched, [len(batch) for batch in now.batches]),
+               "seconds": time.perf_counter() - start}
+        state.history.append(row)
+        state.now = Epoch()
         bar.write("epoch {epoch:3d}   reward {reward_mean:8.4f} ± {reward_std:.4f}   "
-                  "loss {loss:+.4f}   {seconds:.1f} s".format(**history[-1])
-                  + (f"   {history[-1]['skipped']} skipped" if history[-1]["skipped"] else ""))
-        on_epoch(history[-1])
-    return history
+                  "loss {loss:+.4f}   {seconds:.1f} s".format(**row)
+                  + (f"   {row['skipped']} skipped" if row["skipped"] else ""))
+        on_epoch(row)
+    return state.history
 
-# %% ../nbs/06_training.ipynb 24
+# %% ../nbs/06_training.ipynb 28
 def fresh_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],
@@ -350,12 +412,12 @@ def fresh_prompts(
     random.seed(config.seed + 1_000_000)
     return list(PromptDataset(prompt_fn, config.num_eval_samples))
 
-# %% ../nbs/06_training.ipynb 25
+# %% ../nbs/06_training.ipynb 29
 def no_reward(images: np.ndarray, prompts: list[str]) -> np.ndarray:
     "For pictures that are only to be looked at."
     return np.zeros(len(prompts))
 
-# %% ../nbs/06_training.ipynb 26
+# %% ../nbs/06_training.ipynb 30
 def evaluate(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,
@@ -384,7 +446,7 @@ def evaluate(
                                      for name in parts[0]})]
     return np.concatenate(images), torch.cat(rewards)
 
-# %% ../nbs/06_training.ipynb 28
+# %% ../nbs/06_training.ipynb 32
 def verdict(
     before: torch.Tensor,  # rewards of the untrained model, [N]
     after: torch.Tensor,   # of the trained one, on the same prompts and noise, [N]

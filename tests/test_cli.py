@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,14 +20,15 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from ddpo_scratch.checkpoints import write_file
 from ddpo_scratch.cli import (
     GROUPS,
     check_run_name,
+    main,
     parse,
     run_folder,
     run_training,
     what_ran,
-    write_file,
 )
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.prompts import emoji_animal_prompts
@@ -65,8 +67,9 @@ def test_the_command_leaves_a_whole_run():
         assert re.search(right, done.stdout, re.M)
         path = Path(folder) / "runs" / "first"
         assert sorted(p.name for p in path.iterdir()) == [
-            "after.png", "before.png", "config.yaml", "evaluation.csv", "metrics.csv", "pipeline",
-            "progress.gif", "progress.png", "reward_curve.png"]
+            "after.png", "before.png", "checkpoints", "config.yaml", "evaluation.csv",
+            "metrics.csv", "pipeline", "progress.gif", "progress.png", "reward_curve.png",
+            "versions.yaml"]
         for picture in path.glob("*.png"): Image.open(picture).verify()
         moving = Image.open(path / "progress.gif")
         assert moving.n_frames == 3 and moving.info["loop"] == 0  # before, and two epochs
@@ -100,27 +103,49 @@ def test_help_names_every_field_in_its_group():
     for meaning, names in GROUPS.values():
         assert meaning in text
         for name in names: assert f"--{name}" in text and meanings[name] in text, name
-    assert "which defaults: blog or emoji" in text
+    assert "which defaults: blog or emoji" in text and "--resume" in text and "--config" in text
     assert "Three flags to touch first: --reward" in text
 
 
 def test_flags_and_presets():
     "Flags change the preset's defaults and nothing else."
     emoji, blog = PRESETS["emoji"], PRESETS["blog"]
-    assert parse([]) == (emoji, None) and parse(["--preset", "blog"]) == (blog, None)
-    assert parse(["--preset=blog", "--name", "x"]) == (blog, "x")
-    config, _ = parse(["--preset", "blog", "--lr", "3e-6", "--no_gradient_checkpointing",
+    assert parse([]) == (emoji, None, None) and parse(["--preset", "blog"])[0] == blog
+    assert parse(["--preset=blog", "--name", "x"]) == (blog, "x", None)
+    config, *_ = parse(["--preset", "blog", "--lr", "3e-6", "--no_gradient_checkpointing",
                        "--device", "cpu"])
     assert config == make_config("blog", lr=3e-6, gradient_checkpointing=False, device="cpu")
     for flags, counts in ((["--buffer_size", "8", "--samples-per-prompt=1"], (8, 4)),
                           (["--min_count=300"], (600, 300)),
                           (["--buffer-size", "19", "--min_count", "2"], (19, 2))):
-        config, _ = parse(flags)
+        config, *_ = parse(flags)
         assert (config.buffer_size, config.min_count) == counts
     for flags, message in (("--preset blogg", "'blogg'. Known: blog, emoji"),
                            ("--lr -1", "lr must be a number above 0"),
                            ("--buffer_size 0", "buffer_size must be")):
         with pytest.raises(ValueError, match=message): parse(flags.split())
+
+
+def test_settings_from_a_file():
+    "A run's own config.yaml, a few lines of one's own, flags above both; mistakes by name."
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "some.yaml"
+        def parsed(text, *flags):
+            file.write_text(text)
+            return parse(["--config", str(file), *flags])[0]
+        config = make_config("blog", lr=3e-6, lora_rank=4, lora_targets=("to_q",), cfg=1.5)
+        assert parsed(yaml.safe_dump(asdict(config))) == config
+        assert parsed(yaml.safe_dump(asdict(config)), "--lr", "1") == replace(config, lr=1.0)
+        assert parsed("lr: 1e-4\nmin_count: 4") == make_config("emoji", lr=1e-4, min_count=4)
+        assert parsed("cfg: 2", "--preset", "blog") == make_config("blog", cfg=2)
+        for text, match in (
+                ("learning_rate: 1", "no setting 'learning_rate'. `ddpo_train --help`"),
+                ("lora_rnak: 1", "Did you mean 'lora_rank'"), ("lr", "holds no settings"),
+                ("a: b: c", "cannot be read: mapping values"), ("lr: fast", "lr must be a number"),
+                ("eta: -1", "eta must be")):
+            with pytest.raises(ValueError, match=match): parsed(text)
+        with pytest.raises(ValueError, match="cannot be read.*No such file"):
+            parse(["--config", f"{folder}/none.yaml"])
 
 
 MISTAKES = {
@@ -135,11 +160,21 @@ MISTAKES = {
 
 def test_mistakes_are_told_in_one_line():
     "No traceback for settings that cannot be; nothing is left behind."
+    here, handler = os.getcwd(), signal.getsignal(signal.SIGTERM)
     with TemporaryDirectory() as folder:
-        for flags, message in MISTAKES.items():
-            said = last_line(ddpo_train(folder, *flags.split()))
-            assert said.startswith(f"ddpo_train: {message}") and len(said) < 300
-        assert not list(Path(folder).iterdir())
+        os.chdir(folder)
+        try:
+            for flags, message in MISTAKES.items():
+                with patch.object(sys, "argv", ["ddpo_train", *flags.split()]):
+                    with pytest.raises(SystemExit) as left: main()
+                said = left.value.code  # Python prints it, and exits with 1
+                assert said.startswith(f"ddpo_train: {message}") and len(said) < 300
+            assert not list(Path(folder).iterdir())
+            real = last_line(ddpo_train(folder, "--reward", "beauty"))
+            assert real.startswith("ddpo_train: unknown reward 'beauty'")
+        finally:
+            os.chdir(here)
+            signal.signal(signal.SIGTERM, handler)
 
 
 def test_folders_and_files():
@@ -189,8 +224,8 @@ def test_what_is_written_down_is_what_ran():
         note = (folder / "UNFINISHED.txt").read_text()
         assert "did not finish" in note and "RuntimeError: the scorer has run out of ink" in note
         left = {path.name for path in folder.iterdir()}
-        assert left == {
-            "UNFINISHED.txt", "config.yaml", "before.png", "progress.gif", "progress.png"}
+        assert left == {"UNFINISHED.txt", "config.yaml", "versions.yaml", "before.png",
+                        "progress.gif", "progress.png"}
         config = make_config("emoji", **SMALL)
         with pytest.raises(ValueError, match="not empty"):
             run_training(config, pipe, a_fox, ThirdTime(), folder)
@@ -249,13 +284,17 @@ def test_ctrl_c_ends_in_one_sentence():
         run.send_signal(signal.SIGINT)
         _, said = run.communicate(timeout=60)
         assert run.returncode == 130 and "Traceback" not in said
+        checkpoint, = (folder / "checkpoints").iterdir()
         assert said.strip().splitlines()[-1] == (
-            "ddpo_train: stopped by Ctrl-C. runs/long keeps before.png, config.yaml, metrics.csv, "
-            "progress.gif, progress.png, reward_curve.png; the fine-tuned weights are not saved.")
+            "ddpo_train: stopped by Ctrl-C. runs/long keeps before.png, checkpoints, config.yaml, "
+            "metrics.csv, progress.gif, progress.png, reward_curve.png, versions.yaml. "
+            f"runs/long/checkpoints/{checkpoint.name}/pipeline is what was trained, for diffusers. "
+            "To go on: ddpo_train --resume runs/long")
         assert {path.name for path in folder.iterdir()} == {
-            "UNFINISHED.txt", "before.png", "config.yaml", "metrics.csv", "progress.gif",
-            "progress.png", "reward_curve.png"}
-        assert "KeyboardInterrupt" in (folder / "UNFINISHED.txt").read_text()
+            "UNFINISHED.txt", "before.png", "checkpoints", "config.yaml", "metrics.csv",
+            "progress.gif", "progress.png", "reward_curve.png", "versions.yaml"}
+        assert "Stopped: SIGINT" in (folder / "UNFINISHED.txt").read_text()
+        StableDiffusionPipeline.from_pretrained(checkpoint / "pipeline")
 
 
 LIMITED = """
@@ -267,17 +306,17 @@ from ddpo_scratch.cli import main; main()
 
 
 def test_no_room_ends_in_one_sentence():
-    "Files above 2 MB cannot be written: the verdict comes first, and no half of a pipeline stays."
+    "Files above 2 MB cannot be written: what there is is said, and no half of a pipeline stays."
     if os.name != "posix": pytest.skip("limits of a process are POSIX's")
     with TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, "-c", LIMITED, *FLAGS, "--name", "full"], cwd=folder,
                               capture_output=True, text=True)
         said = last_line(done)
         assert said.startswith("ddpo_train: ") and "the fine-tuned weights are not saved" in said
-        assert "evaluation.csv" in said and "fresh pictures: reward" in done.stdout
+        assert "metrics.csv" in said and "No checkpoint was written" in said
         left = {path.name for path in (Path(folder) / "runs/full").iterdir()}
         assert "UNFINISHED.txt" in left and not any(name.startswith("pipeline") for name in left)
-        assert not list(Path(folder).rglob("*.part"))
+        assert not list(Path(folder).rglob("*.part")) and not list(Path(folder).rglob("0*"))
 
         (Path(folder) / "elsewhere").mkdir()
         (Path(folder) / "elsewhere" / "runs").write_text("a file where a folder should be")

@@ -2,7 +2,7 @@
 import io
 import sys
 from contextlib import redirect_stdout
-from dataclasses import fields
+from dataclasses import fields, replace
 from unittest.mock import patch
 
 import numpy as np
@@ -17,6 +17,8 @@ from ddpo_scratch.training import (
     PRESETS,
     TRAINING,
     DDPOConfig,
+    TrainingState,
+    batch_gradient,
     equal_batches,
     evaluate,
     fresh_prompts,
@@ -51,7 +53,8 @@ def test_presets_are_the_blogs_and_its_miniature():
         sample_batch_size=32, pipeline="CompVis/stable-diffusion-v1-4", reward="aesthetic",
         prompts="imagenet_animal_prompts", gradient_checkpointing=True, anneal_lr=False,
         num_eval_samples=128, timestep_fraction=1.0, samples_per_prompt=1, kl_coef=0.0,
-        precision="fp32", lora_rank=0, lora_alpha=None,
+        precision="fp32", lora_rank=0, lora_alpha=None, gradient_accumulation=1, save_every=10,
+        keep=2,
         lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(DDPOConfig)} - set(blog) == {"seed", "device"}
@@ -68,6 +71,32 @@ def test_of_two_counts_one_will_do():
     assert counts(make_config("emoji", min_count=4)) == (16, 4)  # a whole group
     with pytest.raises(ValueError, match="min_count 6 can never be reached in a buffer of 5"):
         make_config("blog", min_count=6, buffer_size=5)
+
+
+def test_a_batch_in_parts_has_the_same_gradient():
+    "Seven samples in one part, in three (3, 2, 2) and in nine; guidance, a penalty, float64."
+    config = make_config("emoji", **TINY | dict(cfg=2.0, kl_coef=0.1, clip_ratio=0.02))
+    def gradient(parts):
+        pipe = load_pipeline("emoji", "cpu").to(torch.float64)
+        state = TrainingState(config, pipe)
+        with torch.no_grad():
+            for weight in state.weights: weight += 1e-3 * torch.randn_like(weight)
+        g = torch.Generator().manual_seed(1)
+        state.now.prompts = [f"animal {i}" for i in range(7)]
+        state.now.advantages = torch.randn(7, generator=g)
+        _, xs, log_probs = training.sd_sample(
+            state.now.prompts, pipe, 64, 64, 2.0, 3, 1.0, "cpu", g)
+        log_probs += 0.02 * torch.randn(log_probs.shape, generator=g)
+        parted = replace(config, gradient_accumulation=parts)
+        batch = torch.randperm(7, generator=g)
+        measured = batch_gradient(parted, pipe, state, xs, log_probs, batch)
+        return torch.cat([weight.grad.flatten() for weight in state.weights]), measured
+    whole, measured = gradient(1)
+    for parts in (3, 9):
+        ours, same = gradient(parts)
+        assert ours.dtype == torch.float64 and (ours - whole).norm() < 1e-10 * whole.norm()
+        assert same == pytest.approx(measured, rel=1e-9)
+    assert 0 < measured["clip_fraction"] < 1 and measured["ref_kl"] > 0
 
 
 def test_batches_are_equal():
@@ -332,7 +361,8 @@ BAD = (("num_epochs", 0), ("batch_size", -1), ("num_timesteps", 2.5), ("img_size
        ("seed", -1), ("seed", 2**31), ("num_eval_samples", 0),
        ("batch_size", True), ("timestep_fraction", 0), ("timestep_fraction", 1.1), ("lr", True),
        ("buffer_size", 0), ("min_count", 0), ("buffer_size", "8"), ("buffer_size", 1),
-       ("min_count", 1), ("lr", 1e38), ("weight_decay", float("inf")))
+       ("min_count", 1), ("lr", 1e38), ("gradient_accumulation", 0), ("save_every", 0), ("keep", 0),
+       ("weight_decay", float("inf")))
 
 
 def test_bad_configurations():
