@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import threading
+import time
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from .lora import adapters_of, save_lora
+from .processes import gathered, processes
 
 # %% ../nbs/13_checkpoints.ipynb 5
 @contextmanager
@@ -49,7 +52,9 @@ def write_file(
     path: Path,
     content: str | bytes,
 ) -> None:
-    "Write a file at one stroke."
+    "Write a file at one stroke; of several processes, the first does."
+    if not processes().is_main_process:
+        return
     with at_one_stroke(path) as part:
         part.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -60,6 +65,8 @@ def save_trained(
 ) -> Path:         # pipeline/ in it, or lora/ where the UNet has an adapter
     "What training has made of the pipeline, at one stroke."
     path = folder / ("lora" if adapters_of(pipe.unet) else "pipeline")
+    if not processes().is_main_process:
+        return path
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # transformers has one for every model that it writes
     try:
@@ -107,10 +114,11 @@ def state_to_dict(
     state,    # `TrainingState`
 ) -> dict:    # of plain values; what is trained is not among them
     "All that the next batch depends on, but for the weights."
+    now = vars(state.now) | ({"samples": []} if sampling_is_shared(state) else {})
     return {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
             "stats": {prompt: list(queue) for prompt, queue in state.tracker.stats.items()},
             "in_a_row": state.skipped.in_a_row, "shuffler": state.shuffler.get_state(),
-            "random": random_states(), "history": state.history, "now": vars(state.now)}
+            "random": random_states(), "history": state.history, "now": now}
 
 
 def state_from_dict(
@@ -126,16 +134,27 @@ def state_from_dict(
     state.shuffler.set_state(saved["shuffler"])
     state.history = saved["history"]
     for name, value in saved["now"].items(): setattr(state.now, name, value)
+    if sampling_is_shared(state): state.now.samples = []
     set_random_states(saved["random"])
+
+
+def sampling_is_shared(
+    state,
+) -> bool:
+    "Whether each process has samples of its own. They are then drawn again: noise has no memory."
+    return state.now.advantages is None and processes().num_processes > 1
 
 # %% ../nbs/13_checkpoints.ipynb 12
 def sha256_of(
     path: Path,
 ) -> str:
-    "A file's SHA-256, in hexadecimal digits."
+    "A file's SHA-256, in hexadecimal digits; the reason where it cannot be read."
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20): digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20): digest.update(block)
+    except OSError as error:
+        return str(error)
     return digest.hexdigest()
 
 
@@ -157,21 +176,34 @@ def save_checkpoint(
     "Write a checkpoint, then remove those that are too old."
     batches = len(state.now.samples) + len(state.now.watched)
     name = f"{len(state.history):05d}" + (f"-{batches:05d}" if batches else "")
+    if not processes().is_main_process:
+        return folder / name
     folder.mkdir(exist_ok=True)
     with at_one_stroke(folder / name) as part:
         part.mkdir()
         save_trained(pipe, part)
         torch.save({"state": state_to_dict(state), "run": run}, part / "state.pt")
         (part / "sha256.json").write_text(json.dumps(sums_of(part), indent=1), encoding="utf-8")
-    for old in [*folder.glob("*.part"), *checkpoints_in(folder)[:-keep]]: shutil.rmtree(old)
+    remove_old(folder, keep)
     return folder / name
+
+
+def remove_old(
+    folder: Path,  # of all checkpoints of a run
+    keep: int,     # so many of the newest stay
+) -> None:
+    "Remove the checkpoints that are too old, and what a killed process has left."
+    if processes().is_main_process:
+        halves = [path for path in folder.glob("[0-9]*.part") if path.is_dir()]
+        for old in halves + checkpoints_in(folder)[:-keep]: shutil.rmtree(old)
 
 
 def checkpoints_in(
     folder: Path,    # of all checkpoints of a run
 ) -> list[Path]:     # oldest first
     "The checkpoints that are there, damaged or not."
-    return sorted(path for path in folder.glob("*") if path.is_dir() and path.suffix != ".part")
+    return sorted(path for path in folder.glob("*")
+                  if path.is_dir() and re.fullmatch(r"\d{5}(-\d{5})?", path.name))
 
 # %% ../nbs/13_checkpoints.ipynb 14
 def newest_intact(
@@ -185,10 +217,10 @@ def newest_intact(
             found = sums_of(path)
         except (OSError, ValueError, TypeError):
             expected, found = {"sha256.json": "a list of files"}, {}
-        if expected == found:
+        wrong = sorted(name for name in expected if expected[name] != found.get(name))
+        if not wrong:
+            for old in damaged: old.rename(f"{old}-damaged-{time.time_ns()}")  # counts no more
             return path
-        wrong = sorted(name for name in expected.keys() | found.keys()
-                       if expected.get(name) != found.get(name))
         damaged.append(path)
         print(f"the checkpoint {path} is damaged ({', '.join(wrong)}); looking for the one before "
               "it", flush=True)
@@ -220,14 +252,15 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def stop_after_a_batch():
-    "Gives a function for `on_batch`: it raises `Stopped` once Ctrl-C or SIGTERM has come."
+    """Gives a function for `on_batch`: it raises `Stopped` once Ctrl-C or SIGTERM has come, in all
+    processes if it has come to one."""
     asked = []
     def take_note(number, frame):
         asked.append(signal.Signals(number).name)
         signal.signal(number, before[number] or signal.SIG_DFL)  # a second one is not patient
         print(f"{asked[0]}: stopping after this batch", flush=True)
     def on_batch():
-        if asked: raise Stopped(asked[0])
+        if names := gathered(asked): raise Stopped(names[0])
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # signals arrive there only

@@ -9,11 +9,12 @@ __all__ = ['run_training']
 import argparse
 import csv
 import difflib
+import hashlib
 import inspect
 import io
 import platform
 import re
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,15 +23,16 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, field, fields, make_dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import numpy as np
 import torch
 import tyro
 import yaml
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import SafetensorError
@@ -40,6 +42,7 @@ from ddpo_scratch.checkpoints import (
     checkpoints_in,
     load_checkpoint,
     newest_intact,
+    remove_old,
     save_checkpoint,
     save_trained,
     stop_after_a_batch,
@@ -48,6 +51,8 @@ from ddpo_scratch.checkpoints import (
 from .checks import check_reward_fn
 from .lora import adapters_of
 from .pipelines import load_pipeline, pipeline_source
+from .plan import make_plan, plan_text
+from .processes import from_the_first, processes, say
 from .prompts import PromptFile, emoji_animals, emoji_prompts
 from ddpo_scratch.rewards import (
     REWARDS,
@@ -226,14 +231,16 @@ def what_ran(
                             for part, weight in reward_fn.weights.items())
         return next((name for name, cls in REWARDS.items() if type(reward_fn) is cls),
                     called(reward_fn))
-    source = pipe.config.get("_name_or_path") or called(pipe)
+    source = str(pipe.config.get("_name_or_path") or called(pipe))
+    if Path(source).is_dir(): source = str(Path(source).absolute())
     return replace(
         config,
-        pipeline="emoji" if source == pipeline_source("emoji") else str(source),
+        pipeline="emoji" if source == pipeline_source("emoji") else source,
         prompts=next((name for name, fn in PROMPTS.items() if fn is prompt_fn),
-                     str(getattr(prompt_fn, "path", called(prompt_fn)))),
+                     str(prompt_fn.path.absolute()) if isinstance(prompt_fn, PromptFile) else
+                     called(prompt_fn)),
         reward=named(reward_fn),
-        device=str(pipe.device))
+        device=config.device or pipe.device.type)
 
 # %% ../nbs/08_cli.ipynb 12
 def read_config(
@@ -253,20 +260,34 @@ def read_config(
             near = difflib.get_close_matches(str(name), types, 1)
             hint = f" Did you mean {near[0]!r}?" if near else " `ddpo_train --help` lists them all."
             raise ValueError(f"{str(path)!r}: there is no setting {name!r}.{hint}")
-        if isinstance(value, str) and types[name] is float:  # to YAML, 1e-4 is no number
+        if isinstance(value, str) and float in (types[name], *get_args(types[name])):
+            # to YAML, 1e-4 is no number
             with suppress(ValueError): values[name] = float(value)
     return values
 
 
+def check_resumable(
+    config: DDPOConfig,
+    folder: Path,        # of a run
+) -> None:
+    "`ValueError` where there is nothing to go on with, or other settings than the run's."
+    begun = DDPOConfig(**read_config(folder / "config.yaml"))
+    if not (folder / UNFINISHED).exists():
+        if not checkpoints_in(folder / "checkpoints"):
+            raise ValueError(f"the run in {folder} has come to its end, and has no checkpoint to "
+                             "go on from. Results are never written over.")
+        if config.num_epochs == begun.num_epochs:
+            raise ValueError(f"the run in {folder} has come to its end, after {begun.num_epochs} "
+                             "epochs. To go on, give it more: --num_epochs.")
+    check_unchanged(config, begun, folder)
+
+
 def check_unchanged(
     config: DDPOConfig,
-    folder: Path,        # of the run that is to be resumed
+    begun: DDPOConfig,  # what the run began with
+    folder: Path,       # of the run
 ) -> None:
-    "`ValueError` with all differences from what the run wrote down; `num_epochs` may have grown."
-    begun = DDPOConfig(**read_config(folder / "config.yaml"))
-    if not (folder / UNFINISHED).exists() and config.num_epochs == begun.num_epochs:
-        raise ValueError(f"the run in {folder} has come to its end, after {begun.num_epochs} "
-                         "epochs. To go on, give it more: --num_epochs.")
+    "`ValueError` with all differences; `num_epochs` may have grown."
     changed = [
         f"{name} was {old!r} and is {new!r}"
         for (name, old), new in zip(asdict(begun).items(), asdict(config).values())
@@ -274,6 +295,30 @@ def check_unchanged(
     if changed:
         raise ValueError(f"a run goes on with the settings that it began with, and in {folder} "
                          f"{'; '.join(changed)}. Only num_epochs may change, and grow.")
+
+
+def fingerprint(
+    unet: UNet2DConditionModel,
+) -> str:
+    "Tells a UNet from another one, or from itself after training: SHA-256 of its first weights."
+    first = [weight.detach().float().cpu().numpy().tobytes()
+             for weight in islice(unet.parameters(), 20)]
+    return hashlib.sha256(b"".join(first)).hexdigest()
+
+
+def check_base(
+    base: str,     # of `fingerprint`
+    folder: Path,  # of the run that goes on
+) -> None:
+    "`ValueError` where the UNet is not the one that the run began with."
+    begun = yaml.safe_load((folder / "versions.yaml").read_text(encoding="utf-8"))
+    if begun["untrained_unet"] != base:
+        raise ValueError(f"the run in {folder} began with another UNet than the pipeline has now. "
+                         "Perhaps it has been trained since: load it again.")
+
+
+def as_yaml(values: dict) -> str:
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def versions() -> dict:
@@ -299,13 +344,21 @@ def unfinished_until_the_end(
     resume: bool,
 ):
     "A note in the folder that goes away if all goes well."
+    if not processes().is_main_process:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not resume:
         raise ValueError(f"{folder} is not empty. Results are never written over: give another "
                          "folder.")
-    note = folder / UNFINISHED
+    note, lock = folder / UNFINISHED, FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"the run in {folder} is still going on.") from error
     write_file(note, "This run is still going on, or it was killed. If it was, this goes on:\n"
-                     f"ddpo_train --resume {folder}\n")
+                     f"ddpo_train --resume {shlex.quote(str(folder))}\n"
+                     "(In Python: run_training with resume=True.)\n")
     try:
         yield
     except BaseException as error:
@@ -313,7 +366,11 @@ def unfinished_until_the_end(
             reason = f"{type(error).__name__}: {error}".removesuffix(": ")
             write_file(note, f"This run did not finish. It ended with {reason}\n{newest(folder)}\n")
         raise
-    note.unlink()
+    else:
+        note.unlink(missing_ok=True)
+    finally:
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
 
 
 def newest(
@@ -322,10 +379,11 @@ def newest(
     "What there is to go on with, in a sentence."
     checkpoints = checkpoints_in(folder / "checkpoints")
     if not checkpoints:
-        return "No checkpoint was written, and the fine-tuned weights are not saved."
-    trained = next(path for path in checkpoints[-1].iterdir() if path.is_dir())
-    return (f"{trained} is what was trained, for diffusers. "
-            f"To go on: ddpo_train --resume {folder}")
+        return ("No checkpoint was written, and the fine-tuned weights are not saved; to begin "
+                f"again in the same place: ddpo_train --resume {shlex.quote(str(folder))}")
+    trained = [str(path) for path in checkpoints[-1].iterdir() if path.is_dir()]
+    return (f"{''.join(trained[:1])} is what was trained, for diffusers. "
+            f"To go on: ddpo_train --resume {shlex.quote(str(folder))}")
 
 
 def kept(
@@ -394,7 +452,8 @@ def first_look(
     images, before = evaluate(config, pipe, prompts, reward_fn)
     save_pictures(folder / "before.png", prompts, images, before)
     return {"prompts": prompts, "before": before, "right": judged(images, prompts), "looks": {},
-            "units": getattr(reward_fn, "units", {})}
+            "units": reward_fn.units if isinstance(reward_fn, WeightedSum) else {},
+            "config": asdict(config)}
 
 
 def last_look(
@@ -407,10 +466,10 @@ def last_look(
     "The trained model, judged on the same prompts and noise; prints the verdict."
     prompts, before = run["prompts"], run["before"]
     images, after = evaluate(config, pipe, prompts, reward_fn)
-    print(verdict(before, after), flush=True)
+    say(verdict(before, after))
     if run["right"]:
-        print(f"right animals, says the judge: {run['right']} before, {judged(images, prompts)} "
-              "after", flush=True)
+        say(f"right animals, says the judge: {run['right']} before, "
+            f"{judged(images, prompts)} after")
     save_pictures(folder / "after.png", prompts, images, after)
     write_file(folder / "evaluation.csv", csv_text([
         {"prompt": prompt, "before": old, "after": new}
@@ -432,17 +491,23 @@ def run_training(
     check_run(config, pipe)
     check_reward_fn(reward_fn)
     folder, config = Path(folder), what_ran(config, pipe, prompt_fn, reward_fn)
-    if resume: check_unchanged(config, folder)
+    checkpoint = None
+    if resume:
+        check_resumable(config, folder)
+        checkpoint = from_the_first(lambda: newest_intact(folder / "checkpoints"))
+    base = fingerprint(pipe.unet)
     with unfinished_until_the_end(folder, resume):
-        for name, values in (("config", asdict(config)), ("versions", versions())):
-            write_file(folder / f"{name}.yaml", yaml.safe_dump(values, sort_keys=False))
-        checkpoint = newest_intact(folder / "checkpoints") if resume else None
+        if (folder / "versions.yaml").exists(): check_base(base, folder)
+        else: write_file(folder / "versions.yaml", as_yaml(versions() | {"untrained_unet": base}))
+        write_file(folder / "config.yaml", as_yaml(asdict(config)))
         run = None if checkpoint else first_look(config, pipe, prompt_fn, reward_fn, folder)
         state = TrainingState(config, pipe)
         if checkpoint:
             run = load_checkpoint(checkpoint, pipe, state)
-            if run["units"]: reward_fn.units = run["units"]
-            print(f"going on from {checkpoint}", flush=True)
+            check_unchanged(config, DDPOConfig(**run["config"]), folder)
+            run["config"] = asdict(config)
+            if isinstance(reward_fn, WeightedSum): reward_fn.units = run["units"]
+            say(f"going on from {checkpoint}")
         progress = Progress(config, pipe, run["prompts"], folder, run["looks"])
         if not run["looks"]: progress.look("before")
 
@@ -462,7 +527,7 @@ def run_training(
                 raise
         last_look(config, pipe, reward_fn, folder, run)
         save_trained(pipe, folder)
-        for old in checkpoints_in(folder / "checkpoints")[:-1]: shutil.rmtree(old)
+        remove_old(folder / "checkpoints", 1)
     if not adapters_of(pipe.unet):
         pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # what it is now
 
@@ -510,6 +575,7 @@ def flags_type(
     return make_dataclass("ddpo_train", [
         flag("preset", str, f"which defaults: {' or '.join(PRESETS)}", "emoji"),
         flag("config", str | None, "a YAML file with settings, such as a run's config.yaml", None),
+        flag("plan", bool, "only say what memory, operations and time it takes (computed)", False),
         flag("name", str | None, "of the folder in runs/; None: pipeline, reward, a number", None),
         flag("resume", str | None, "the folder of a run that goes on, such as runs/mine", None),
         *groups])
@@ -517,7 +583,7 @@ def flags_type(
 # %% ../nbs/08_cli.ipynb 21
 def parse(
     argv: list[str],  # the command's arguments
-) -> tuple[DDPOConfig, str | None, Path | None]:  # configuration, name, folder to resume
+) -> tuple[DDPOConfig, str | None, Path | None, bool]:  # and name, folder to resume, only plan?
     "Flags to configuration. `ValueError` for values that cannot be; tyro exits for unknown flags."
     first = argparse.ArgumentParser("ddpo_train", add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "name", "resume"): first.add_argument(f"--{name}")
@@ -525,6 +591,8 @@ def parse(
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     given = vars(first.parse_known_args(argv)[0])
     preset, file, name, resume = map(given.pop, ("preset", "config", "name", "resume"))
+    if resume == "":
+        raise ValueError("--resume wants the folder of a run, such as runs/mine, and got nothing.")
     if resume and (preset or file or name):
         raise ValueError("a run that is resumed has its settings and its name: leave out --preset, "
                          "--config and --name.")
@@ -539,8 +607,8 @@ def parse(
         config=(tyro.conf.OmitArgPrefixes,))
     values = {key: value for group in GROUPS for key, value in vars(getattr(flags, group)).items()}
     config = DDPOConfig(**values)
-    if resume: check_unchanged(config, Path(resume))
-    return config, name, Path(resume) if resume else None
+    if resume: check_resumable(config, Path(resume))
+    return config, name, Path(resume) if resume else None, flags.plan
 
 # %% ../nbs/08_cli.ipynb 23
 def check_prompts(
@@ -563,14 +631,20 @@ def prepare(
     runs: Path,       # the folder of all runs
 ) -> tuple:           # the arguments of `run_training`; the folder is made last
     "Everything that can be refused, cheap things first."
-    config, name, resume = parse(argv)
+    config, name, resume, only_plan = parse(argv)
+    if only_plan:
+        say(plan_text(config, make_plan(config)))
+        sys.exit()
+    if processes().num_processes > 1 and ":" in (config.device or ""):
+        raise ValueError(f"device {config.device!r} is one, and each of the "
+                         f"{processes().num_processes} processes has its own: give 'cuda' or none.")
     prompt_fn = make_prompt_fn(config.prompts)
     check_prompts(config, prompt_fn)
-    check_run_name(name, runs)
+    from_the_first(lambda: check_run_name(name, runs))
     pipe = load_pipeline(config.pipeline, config.device)
     check_run(config, pipe)
     reward_fn = make_reward(config.reward, pipe.device)
-    folder = resume or run_folder(config, name, runs)
+    folder = resume or from_the_first(lambda: run_folder(config, name, runs))
     return config, pipe, prompt_fn, reward_fn, folder, resume is not None
 
 
@@ -582,8 +656,10 @@ def main() -> None:
     try:
         *what, folder, resume = prepare(sys.argv[1:], Path("runs"))
         config, pipe, _, _ = what
-        print(f"{config.pipeline} on {pipe.device}, reward {config.reward}, {config.num_epochs} "
-              f"epochs of {config.num_samples_per_epoch} pictures", flush=True)
+        several = processes().num_processes
+        say(f"{config.pipeline} on {f'{several} times ' if several > 1 else ''}{pipe.device.type}, "
+            f"reward {config.reward}, {config.num_epochs} epochs of "
+            f"{config.num_samples_per_epoch} pictures")
         run_training(*what, folder, resume)
     except KeyboardInterrupt as error:
         stop = error if isinstance(error, Stopped) else Stopped("SIGINT")
@@ -594,4 +670,4 @@ def main() -> None:
     except (ValueError, OSError, SafetensorError) as error:
         left = kept(folder) if folder else "Nothing was written."
         sys.exit(f"ddpo_train: {str(error).rstrip('.')}. {left}")
-    print(f"curve, pictures and what was trained are in {folder}")
+    say(f"curve, pictures and what was trained are in {folder}")

@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from .processes import processes
+
 # %% ../nbs/00_pipelines.ipynb 6
 def default_device(
     device: str | torch.device | None = None,  # any torch device; None: CUDA if there is one
 ) -> torch.device:
     "The device to work on; the CPU where there is no CUDA. `ValueError` if it cannot be used here."
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return processes().device
     name = str(device)
     try:
         device = torch.device(device)

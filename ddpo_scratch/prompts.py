@@ -140,4 +140,4 @@ class PromptDataset(Dataset):
         if not isinstance(prompt, str):
             raise TypeError("prompt_fn must return a string, "
                             f"not the {type(prompt).__name__} {prompt!r}.")
-        return prompt
+        return str(prompt)  # NumPy has strings of its own

@@ -97,6 +97,13 @@ def encode_prompts(
     return torch.cat([without, given]) if guided else given
 
 # %% ../nbs/02_sampling.ipynb 17
+def pictures_at_once(
+    side: int,  # of a picture, pixels
+) -> int:       # at least one
+    "How many pictures make a megapixel."
+    return max(1, 2**20 // side**2)
+
+# %% ../nbs/02_sampling.ipynb 18
 @torch.no_grad()
 def decoding_fn(
     latents: torch.Tensor,          # clean latents x_0, [B, C, h, w]
@@ -104,9 +111,11 @@ def decoding_fn(
 ) -> np.ndarray:                    # pictures, uint8, [B, H, W, 3]
     """Latents to pictures. `ValueError` if a pixel is NaN or infinite.
 
-    Rounding happens on the device, so that one byte a value is copied instead of four."""
+    A megapixel at a time is decoded, for the VAE takes most memory of all; rounding happens on the
+    device, so that one byte a value is copied instead of four."""
     latents = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    images = pipe.vae.decode(latents).sample.float()
+    parts = latents.split(pictures_at_once(latents.shape[-1] * pipe.vae_scale_factor))
+    images = torch.cat([pipe.vae.decode(part).sample for part in parts]).float()
     finite = images.isfinite().flatten(1).all(1)
     images = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     if not finite.all():
@@ -115,7 +124,7 @@ def decoding_fn(
             "NaN or infinite. If their latents are finite, the VAE overflows: keep it in float32.")
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
-# %% ../nbs/02_sampling.ipynb 27
+# %% ../nbs/02_sampling.ipynb 28
 class Schedule(NamedTuple):
     "One walk of T denoising steps in numbers; row 0 is step t = T, the last row step 1."
     timesteps: torch.Tensor   # n of each step, int64, falling, [T]
@@ -131,7 +140,7 @@ class Schedule(NamedTuple):
         "The same tables on `device`."
         return Schedule(*(x.to(device) if torch.is_tensor(x) else x for x in self))
 
-# %% ../nbs/02_sampling.ipynb 29
+# %% ../nbs/02_sampling.ipynb 30
 def walk_timesteps(
     scheduler: DDIMScheduler,
     num_inference_steps: int,  # T
@@ -144,7 +153,7 @@ def walk_timesteps(
                          f"{scheduler.config.num_train_timesteps} training steps. Ask for fewer.")
     return n
 
-# %% ../nbs/02_sampling.ipynb 30
+# %% ../nbs/02_sampling.ipynb 31
 @lru_cache(maxsize=16)
 def ddim_schedule(
     scheduler: DDIMScheduler,  # its configuration is taken as it is
@@ -172,7 +181,7 @@ def ddim_schedule(
     clip_range = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
     return Schedule(n, *(x.float() for x in tables), scheduler.config.prediction_type, clip_range)
 
-# %% ../nbs/02_sampling.ipynb 33
+# %% ../nbs/02_sampling.ipynb 34
 def step_distribution(
     unet: UNet2DConditionModel,
     x_t: torch.Tensor,         # the state's latents, [B, C, h, w]
@@ -197,7 +206,7 @@ def step_distribution(
     mean = schedule.x_0_weight[step] * x_0 + schedule.noise_weight[step] * epsilon
     return mean, schedule.std[step]
 
-# %% ../nbs/02_sampling.ipynb 35
+# %% ../nbs/02_sampling.ipynb 36
 def calculate_log_probs(
     prev_sample: torch.Tensor,       # x_{t-1}, the action that was taken, [B, C, h, w]
     prev_sample_mean: torch.Tensor,  # μ, the policy's mean, same shape
@@ -209,7 +218,7 @@ def calculate_log_probs(
     log_probs = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
     return torch.where(std_dev_t > 0, log_probs, torch.zeros_like(log_probs))
 
-# %% ../nbs/02_sampling.ipynb 37
+# %% ../nbs/02_sampling.ipynb 38
 @torch.no_grad()
 def sd_sample(
     prompts: list[str],             # B prompts

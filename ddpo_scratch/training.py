@@ -34,6 +34,14 @@ from ddpo_scratch.checks import (
 from .lora import LORA_TARGETS, AdapterOff, add_lora, check_lora, trained_weights
 from .loss import compute_loss
 from .precision import check_precision, in_precision, warn_of_noise
+from ddpo_scratch.processes import (
+    gathered,
+    my_part,
+    processes,
+    same_everywhere,
+    say,
+    sum_gradients,
+)
 from ddpo_scratch.prompts import (
     PromptDataset,
     PromptFile,
@@ -100,6 +108,8 @@ class DDPOConfig:
         if isinstance(self.lora_targets, list):
             object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for setting in fields(self):
+            if isinstance(getattr(self, setting.name), np.generic):  # a number of NumPy's
+                object.__setattr__(self, setting.name, getattr(self, setting.name).item())
             check_field(setting.name, getattr(self, setting.name))
         if not self.lora_rank and (self.lora_alpha, self.lora_targets) != (None, LORA_TARGETS):
             raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank: set "
@@ -208,6 +218,9 @@ def check_run(
     check_size(pipe, img_size=config.img_size)
     ddim_schedule(pipe.scheduler, config.num_timesteps, config.eta)
     check_precision(config.precision, pipe.device)
+    if config.num_samples_per_epoch < processes().num_processes:
+        raise ValueError(f"{processes().num_processes} processes cannot share "
+                         f"{config.num_samples_per_epoch} samples: raise num_samples_per_epoch.")
     if config.lora_rank: check_lora(pipe.unet, config.lora_targets)
     if pipe.unet.dtype not in (torch.float32, torch.float64) and not config.lora_rank:
         raise ValueError(f"the UNet is in {str(pipe.unet.dtype).removeprefix('torch.')}, in which "
@@ -223,6 +236,15 @@ def equal_batches(
     "One shuffled pass over N samples, in as few batches as possible."
     return torch.randperm(count, generator=generator).tensor_split(-(-count // batch_size))
 
+
+def sampling_batches(
+    count: int,                 # N
+    batch_size: int,            # at most so many in a batch
+) -> tuple[torch.Tensor, ...]:  # indices, in order; every process has equally many batches
+    "This process's part of N samples, in as few batches as possible."
+    most = -(-count // processes().num_processes)  # samples of a process
+    return my_part(torch.arange(count)).tensor_split(-(-most // batch_size))
+
 # %% ../nbs/06_training.ipynb 18
 class PlainBar:
     "Stands for a bar where there can be none: the same loop, and lines."
@@ -235,12 +257,12 @@ class PlainBar:
         return iter(self.gen)
 
     def write(self, line):
-        print(line, flush=True)
+        say(line)
 
 
 def progress_bars() -> tuple[Callable, Callable]:  # fastprogress's master_bar and progress_bar
-    "Bars for whoever is watching, `PlainBar` for a file."
-    if IN_NOTEBOOK or sys.stdout.isatty():
+    "Bars for whoever is watching, `PlainBar` for a file, and for all processes but the first."
+    if processes().is_main_process and (IN_NOTEBOOK or sys.stdout.isatty()):
         return fastprogress.master_bar, fastprogress.progress_bar
     return PlainBar, PlainBar
 
@@ -289,6 +311,7 @@ class TrainingState:
         if config.lora_rank:
             add_lora(unet, config.lora_rank, config.lora_alpha, config.lora_targets)
         self.weights = trained_weights(unet)
+        same_everywhere(unet)
         self.reference = None if config.kl_coef == 0 else (
             AdapterOff(unet) if config.lora_rank else copy.deepcopy(unet).requires_grad_(False))
         self.optimizer = torch.optim.AdamW(
@@ -311,9 +334,10 @@ def batch_gradient(
     batch: torch.Tensor,           # which of them, indices, [B]
 ) -> dict[str, float]:             # loss, and what `compute_loss` measures
     "Add the gradient of a batch's loss to the weights' `.grad`."
-    parts = [part for part in batch.tensor_split(config.gradient_accumulation) if len(part)]
+    parts = my_part(batch).tensor_split(config.gradient_accumulation)
     measured, device = [], pipe.device
     for part in parts:
+        if len(part) == 0: continue
         metrics = {}
         with in_precision(config.precision, pipe.unet, state.reference):
             loss = compute_loss(
@@ -322,9 +346,10 @@ def batch_gradient(
                 [state.now.prompts[i] for i in part], pipe, config.num_timesteps, config.cfg,
                 config.eta, device, config.timestep_fraction, config.kl_coef, state.reference,
                 metrics, state.scaler, len(part) / len(batch))
-        measured.append(dict(loss=loss, **metrics))
-    return averages(measured, [len(part) for part in parts]) | {
-        "max_log_ratio": max(part["max_log_ratio"] for part in measured)}
+        measured.append((dict(loss=loss, **metrics), len(part)))
+    sum_gradients(state.weights)
+    rows, sizes = zip(*gathered(measured))
+    return averages(rows, sizes) | {"max_log_ratio": max(row["max_log_ratio"] for row in rows)}
 
 # %% ../nbs/06_training.ipynb 26
 def train(
@@ -356,7 +381,7 @@ def train(
         # 1. sample, and ask for rewards
         now.prompts = now.prompts or [
             prompt for prompt in drawn for _ in range(config.samples_per_prompt)]
-        batches = torch.arange(count).split(config.sample_batch_size)
+        batches = sampling_batches(count, config.sample_batch_size)
         for batch in progress_bar(batches[len(now.samples):], parent=bar):
             noise = noise_sources(config.seed, TRAINING, (epoch * count + batch).tolist())
             with in_precision(config.precision, unet):
@@ -365,6 +390,7 @@ def train(
                     config.num_timesteps, decoding_fn, reward_fn, pipe.device, config.eta, noise)
             now.samples.append([part.cpu() for part in sample])
             on_batch()
+        if now.advantages is None: now.samples = gathered(now.samples)
         rewards, all_step_preds, log_probs = zip(*now.samples)
         rewards, log_probs = torch.cat(rewards), torch.cat(log_probs, dim=1)
         all_step_preds = torch.cat(all_step_preds, dim=1)
@@ -432,15 +458,17 @@ def evaluate(
     def look(images, prompts):
         parts.append(reward_fn.parts(images, prompts))
         return torch.zeros(len(prompts))
-    for start in range(0, len(prompts), config.sample_batch_size):
-        batch = prompts[start : start + config.sample_batch_size]
-        noise = noise_sources(config.seed, EVALUATION, range(start, start + len(batch)))
+    for batch in sampling_batches(len(prompts), config.sample_batch_size):
+        if len(batch) == 0: continue
+        noise = noise_sources(config.seed, EVALUATION, batch.tolist())
         with in_precision(config.precision, pipe.unet):
             imgs, scores, _, _ = sample_and_calculate_rewards(
-                batch, pipe, config.img_size, config.cfg, config.num_timesteps, decoding_fn,
-                look if unsettled else reward_fn, pipe.device, config.eta, noise)
+                [prompts[i] for i in batch], pipe, config.img_size, config.cfg,
+                config.num_timesteps, decoding_fn, look if unsettled else reward_fn, pipe.device,
+                config.eta, noise)
         images.append(imgs)
         rewards.append(scores)
+    images, rewards, parts = gathered(images), gathered(rewards), gathered(parts)
     if unsettled:  # its units are those of all these pictures
         rewards = [reward_fn.settle({name: torch.cat([part[name] for part in parts])
                                      for name in parts[0]})]

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from ddpo_scratch.checkpoints import (
@@ -183,10 +185,10 @@ def test_damaged_checkpoints_are_passed_over():
                 assert newest_intact(folder) == folder / f"0000{number - 1}"
             assert f"0000{number} is damaged ({name})" in said.getvalue()
         flip(folder / "00000" / "state.pt")
-        with pytest.raises(ValueError, match="all 6 checkpoints in .* are damaged"):
+        with pytest.raises(ValueError, match="all 1 checkpoints in .* are damaged"):
             newest_intact(folder)
         save_checkpoint(folder, 2, pipe, state, {})
-        assert [path.name for path in checkpoints_in(folder)] == ["00005", "00006"]
+        assert [path.name for path in checkpoints_in(folder)] == ["00000", "00006"]
 
 
 def test_a_run_may_grow_and_change_in_no_other_way():
@@ -211,13 +213,50 @@ def test_a_run_may_grow_and_change_in_no_other_way():
             parse([*flags, "--preset", "blog"])
         with pytest.raises(ValueError, match="none.config.yaml' cannot be read"):
             parse(["--resume", f"{runs}/none"])
-        config, name, folder = parse([*flags, "--num_epochs", "4"])
+        config, name, folder, _ = parse([*flags, "--num_epochs", "4"])
         assert (config.num_epochs, name, folder) == (4, None, short)
         assert torch.equal(run(short, True, num_epochs=4), run(whole, num_epochs=4))
         assert numbers(short) == numbers(whole)
         assert {path.name for path in short.iterdir()} == {path.name for path in whole.iterdir()}
         kept, = checkpoints_in(short / "checkpoints")
         assert kept.name == "00004"
+
+
+def test_what_people_do_to_a_run():
+    "A trained pipeline, edits, strange files, a run that goes on, nothing left to go on from."
+    fails = []
+    def reward_fn(images, prompts):
+        if fails and (place / "checkpoints" / "00001").exists(): raise RuntimeError("no ink")
+        return JPEGCompressibility()(images, prompts)
+    def prompt_fn(): return np.random.choice(["a fox", "an owl"])  # NumPy has its own strings
+    def run(resume=True, pipe=None, **changes):
+        config = make_config("emoji", **SMALL | dict(num_epochs=2, lr=1e-3) | changes)
+        run_training(config, pipe or load_pipeline("emoji", "cpu"), prompt_fn, reward_fn, place,
+                     resume)
+    def refused(match, **arguments):
+        with pytest.raises(ValueError, match=match): run(**arguments)
+    with TemporaryDirectory() as runs:
+        place, pipe = Path(runs) / "mine", load_pipeline("emoji", "cpu")
+        config, checkpoints = place / "config.yaml", place / "checkpoints"
+        fails.append(1)
+        with pytest.raises(RuntimeError, match="no ink"): run(False, pipe)
+        fails.clear()
+        refused("began with another UNet.*load it again", pipe=pipe)
+        config.write_text(config.read_text().replace("seed: 0", "seed: 1"))
+        refused("seed was 0 and is 1", seed=1)
+        config.write_text(config.read_text().replace("seed: 1", "seed: 0"))
+        with FileLock(place / ".lock"): refused("still going on")
+        for name in ("notes", "00001-best", "x.part", "00009"): (checkpoints / name).mkdir()
+        (checkpoints / "00001" / ".DS_Store").write_text("")
+        run()  # 00009 has lost all its files
+        assert {path.name.split("-damaged")[0] for path in checkpoints.iterdir()} == {
+            "notes", "00001-best", "x.part", "00002", "00009"}
+        assert [path.name for path in checkpoints_in(checkpoints)] == ["00002"]
+        (checkpoints / "00002" / "state.pt").unlink()
+        refused("all 1 checkpoints in .* are damaged", num_epochs=3)
+        assert not (place / "UNFINISHED.txt").exists()
+        shutil.rmtree(checkpoints / "00002")
+        refused("has no checkpoint to go on from", num_epochs=3)
 
 
 def test_a_signal_waits_for_the_batch():

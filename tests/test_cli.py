@@ -110,8 +110,8 @@ def test_help_names_every_field_in_its_group():
 def test_flags_and_presets():
     "Flags change the preset's defaults and nothing else."
     emoji, blog = PRESETS["emoji"], PRESETS["blog"]
-    assert parse([]) == (emoji, None, None) and parse(["--preset", "blog"])[0] == blog
-    assert parse(["--preset=blog", "--name", "x"]) == (blog, "x", None)
+    assert parse([]) == (emoji, None, None, False) and parse(["--preset", "blog"])[0] == blog
+    assert parse(["--preset=blog", "--name", "x"]) == (blog, "x", None, False)
     config, *_ = parse(["--preset", "blog", "--lr", "3e-6", "--no_gradient_checkpointing",
                        "--device", "cpu"])
     assert config == make_config("blog", lr=3e-6, gradient_checkpointing=False, device="cpu")

@@ -190,7 +190,7 @@ def test_groups():
     with patch.object(training, "sample_and_calculate_rewards", watched_sample), \
             patch.object(training.PerPromptStatTracker, "update", watched_update):
         train(config, load_pipeline("emoji", "cpu"), lambda: f"animal {next(numbers)}", worth)
-    assert [len(prompts) for prompts, _ in drawn] == [5, 5, 2]
+    assert [len(prompts) for prompts, _ in drawn] == [4, 4, 4]
     prompts = [prompt for prompts, _ in drawn for prompt in prompts]
     assert prompts == [f"animal {i}" for i in range(3) for _ in range(4)]
     rewards = torch.cat([rewards for _, rewards in drawn]).double().numpy().reshape(3, 4)
@@ -387,14 +387,14 @@ def test_bad_configurations():
 
 
 def test_bad_rewards_end_the_run_before_any_weight_has_changed():
-    "What comes in the last of the batches of 3, 3 and 1; a wrong signature before the first."
+    "What comes in the second of the batches of 3, 2 and 2; a wrong signature before the first."
     pipe = load_pipeline("emoji", "cpu")
     before, config = weights(pipe), make_config("emoji", **TINY)
-    def last(bad): return lambda images, prompts: [1.0] * 3 if len(prompts) == 3 else bad
+    def second(bad): return lambda images, prompts: [1.0] * 3 if len(prompts) == 3 else bad
     def theirs(images, prompts, metadata): return [1.0] * 3, {}
     for reward_fn, error, match in (
-            (last([0.0, 1.0]), ValueError, r"shape \[1\]"), (last(None), TypeError, "1 numbers"),
-            (last([float("nan")]), ValueError, "picture 0, prompt 'a fox'"),
+            (second([0.0]), ValueError, r"shape \[2\]"), (second(None), TypeError, "2 numbers"),
+            (second([0.0, float("nan")]), ValueError, "picture 1, prompt 'a fox'"),
             (theirs, TypeError, r"reward_fn\(images, prompts\).*\(images, prompts, metadata\)")):
         with pytest.raises(error, match=match):
             train(config, pipe, lambda: "a fox", reward_fn)
