@@ -62,6 +62,7 @@ def write_file(
 def save_trained(
     pipe: StableDiffusionPipeline,
     folder: Path,  # is there
+    files: dict[str, bytes] = {},  # what else is put beside it, by name
 ) -> Path:         # pipeline/ in it, or lora/ where the UNet has an adapter
     "What training has made of the pipeline, at one stroke."
     path = folder / ("lora" if adapters_of(pipe.unet) else "pipeline")
@@ -73,6 +74,7 @@ def save_trained(
         with at_one_stroke(path) as part:
             if adapters_of(pipe.unet): save_lora(pipe, part)
             else: pipe.save_pretrained(part)
+            for name, content in files.items(): (part / name).write_bytes(content)
     finally:
         if bars: logging.enable_progress_bar()
     return path

@@ -265,6 +265,8 @@ def check_field(
         raise ValueError(f"{name} must be above 0 and at most 1 (all steps), not {value!r}.")
     if name in ("cfg", "weight_decay", "kl_coef") and not number(numbers.Real, 0):
         raise ValueError(f"{name} must be a number of at least 0, not {value!r}.")
+    if name == "log_with" and value not in (None, "tensorboard", "wandb"):
+        raise ValueError(f"log_with must be 'tensorboard', 'wandb' or None, not {value!r}.")
     if name == "precision" and value not in list(DTYPES):
         raise ValueError(f"precision must be {' or '.join(map(repr, DTYPES))}, not {value!r}.")
     if name == "lora_rank" and not number(numbers.Integral, 0):

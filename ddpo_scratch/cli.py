@@ -14,12 +14,13 @@ import inspect
 import io
 import platform
 import re
+import secrets
 import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, field, fields, make_dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -31,6 +32,7 @@ import numpy as np
 import torch
 import tyro
 import yaml
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
@@ -453,7 +455,7 @@ def first_look(
     save_pictures(folder / "before.png", prompts, images, before)
     return {"prompts": prompts, "before": before, "right": judged(images, prompts), "looks": {},
             "units": reward_fn.units if isinstance(reward_fn, WeightedSum) else {},
-            "config": asdict(config)}
+            "config": asdict(config), "id": secrets.token_hex(4)}
 
 
 def last_look(
@@ -462,20 +464,107 @@ def last_look(
     reward_fn: Callable,
     folder: Path,    # gets after.png and evaluation.csv
     run: dict,       # of `first_look`
-) -> None:
+) -> str:            # the verdict
     "The trained model, judged on the same prompts and noise; prints the verdict."
     prompts, before = run["prompts"], run["before"]
     images, after = evaluate(config, pipe, prompts, reward_fn)
-    say(verdict(before, after))
+    lines = [verdict(before, after)]
     if run["right"]:
-        say(f"right animals, says the judge: {run['right']} before, "
-            f"{judged(images, prompts)} after")
+        lines.append(f"right animals, says the judge: {run['right']} before, "
+                     f"{judged(images, prompts)} after")
+    for line in lines: say(line)
     save_pictures(folder / "after.png", prompts, images, after)
     write_file(folder / "evaluation.csv", csv_text([
         {"prompt": prompt, "before": old, "after": new}
         for prompt, old, new in zip(prompts, before.tolist(), after.tolist())]))
+    return "\n".join(lines)
 
 # %% ../nbs/08_cli.ipynb 18
+CARD = """---
+{base}library_name: diffusers
+tags: [text-to-image, stable-diffusion, reinforcement-learning, ddpo{lora}]
+---
+# {pipeline}, trained on the reward `{reward}`
+
+Trained with DDPO (Black et al. 2023, arXiv:2305.13301) by `ddpo_scratch`, on prompts from
+`{prompts}`. On {num_eval_samples} prompts, each with the same noise before and after:
+
+{verdict}
+
+![mean reward over the epochs](reward_curve.png)
+
+It was trained to draw in {num_timesteps} steps with noise (DDIM, eta {eta:g}), guidance {cfg:g},
+{img_size} pixels. The numbers above hold for this sampler; another one may draw something else.
+
+```python
+{opening}
+pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+picture = pipe("{example}", num_inference_steps={num_timesteps}, eta={eta}, guidance_scale={cfg},
+               height={img_size}, width={img_size}).images[0]
+```
+
+All settings:
+
+```yaml
+{settings}```
+"""
+
+
+def model_card(
+    config: DDPOConfig,  # as it ran
+    run: dict,           # of `first_look`
+    verdict: str,
+    lora: bool,          # whether an adapter was trained
+) -> str:
+    "What was trained and how, and the code that opens it and draws with its own sampler."
+    here, is_hub = "path/to/this/folder", re.fullmatch(r"[\w.-]+/[\w.-]+", config.pipeline)
+    load = f'StableDiffusionPipeline.from_pretrained("{config.pipeline if lora else here}")'
+    lines = ["from diffusers import DDIMScheduler, StableDiffusionPipeline", "", f"pipe = {load}"]
+    if lora: lines.append(f'pipe.load_lora_weights("{here}")')
+    if lora and config.pipeline == "emoji":
+        lines[:3] = ["from ddpo_scratch.all import load_pipeline",
+                     "from diffusers import DDIMScheduler", "", 'pipe = load_pipeline("emoji")']
+    return CARD.format(
+        **asdict(config), base=f"base_model: {config.pipeline}\n" if is_hub else "",
+        lora=", lora" if lora else "", verdict=verdict, opening="\n".join(lines),
+        example=run["prompts"][0].replace('"', "'"), settings=as_yaml(asdict(config)))
+
+# %% ../nbs/08_cli.ipynb 20
+class Log:
+    "Metrics and pictures to what `log_with` names; nothing where it names nothing."
+
+    def __init__(
+        self,
+        config: DDPOConfig,  # as it ran
+        folder: Path,        # gets tensorboard/ or wandb/
+        run_id: str,         # the same when a run is resumed
+    ):
+        self.tracker, self.form = None, {}
+        if config.log_with is None:
+            return
+        if config.log_with == "tensorboard":
+            self.tracker = TensorBoardTracker("tensorboard", folder)
+            self.form = {"dataformats": "NHWC"}
+        else:
+            self.tracker = WandBTracker("ddpo_scratch", name=folder.name, dir=str(folder),
+                                        id=run_id, resume="allow", config=asdict(config))
+        try:
+            self.tracker.start()
+        except ImportError as error:
+            raise ValueError(f"log_with {config.log_with}: {error}. pip install "
+                             f"'ddpo_scratch[{config.log_with}]' brings it.") from error
+
+    def epoch(self, row: dict, pictures: torch.Tensor | None) -> None:
+        if self.tracker:
+            self.tracker.log({key: value for key, value in row.items() if key != "epoch"},
+                             step=row["epoch"])
+            if pictures is not None:
+                self.tracker.log_images({"progress": pictures.numpy()}, row["epoch"], **self.form)
+
+    def close(self) -> None:
+        if self.tracker: self.tracker.finish()
+
+# %% ../nbs/08_cli.ipynb 21
 def run_training(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,     # its UNet is trained in place
@@ -517,21 +606,25 @@ def run_training(
             curve = reward_curve(state.history, config.reward)
             write_file(folder / "reward_curve.png", png_bytes(curve))
             progress.after(row["epoch"])
+            log.epoch(row, run["looks"].get(f"epoch {row['epoch']}"))
             if row["epoch"] % config.save_every == 0 or row["epoch"] == config.num_epochs: save()
-        with stop_after_a_batch() as on_batch:
+        log = Log(config, folder, run["id"])
+        with closing(log), stop_after_a_batch() as on_batch:
             try:
                 train(config, pipe, prompt_fn, reward_fn, on_epoch, on_batch, state)
                 on_batch()
             except Stopped:
                 save()
                 raise
-        last_look(config, pipe, reward_fn, folder, run)
-        save_trained(pipe, folder)
+        line = last_look(config, pipe, reward_fn, folder, run)
+        card = model_card(config, run, line, bool(adapters_of(pipe.unet)))
+        curve = png_bytes(reward_curve(state.history, config.reward))
+        save_trained(pipe, folder, {"README.md": card.encode(), "reward_curve.png": curve})
         remove_old(folder / "checkpoints", 1)
     if not adapters_of(pipe.unet):
         pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # what it is now
 
-# %% ../nbs/08_cli.ipynb 20
+# %% ../nbs/08_cli.ipynb 23
 GROUPS = {
     "what": ("what to train on", ("pipeline", "prompts", "reward", "img_size", "seed")),
     "how_much": ("how much work it is", (
@@ -544,7 +637,7 @@ GROUPS = {
         "cfg", "eta", "clip_ratio", "clip_advantages", "kl_coef", "buffer_size", "min_count")),
     "machine": ("speed and memory; what is learnt changes by rounding only", (
         "sample_batch_size", "gradient_accumulation", "precision", "gradient_checkpointing",
-        "device", "save_every", "keep")),
+        "device", "save_every", "keep", "log_with")),
 }
 
 DESCRIPTION = """Train a text-to-image model on a reward with DDPO.
@@ -580,7 +673,7 @@ def flags_type(
         flag("resume", str | None, "the folder of a run that goes on, such as runs/mine", None),
         *groups])
 
-# %% ../nbs/08_cli.ipynb 21
+# %% ../nbs/08_cli.ipynb 24
 def parse(
     argv: list[str],  # the command's arguments
 ) -> tuple[DDPOConfig, str | None, Path | None, bool]:  # and name, folder to resume, only plan?
@@ -610,7 +703,7 @@ def parse(
     if resume: check_resumable(config, Path(resume))
     return config, name, Path(resume) if resume else None, flags.plan
 
-# %% ../nbs/08_cli.ipynb 23
+# %% ../nbs/08_cli.ipynb 26
 def check_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],

@@ -6,11 +6,14 @@
 __all__ = []
 
 # %% ../nbs/15_plan.ipynb 3
+import resource
+import time
 import weakref
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+import tyro
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -18,11 +21,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from .lora import AdapterOff, add_lora
-from .loss import step_loss
-from .pipelines import pipeline_source
+from .loss import compute_loss, step_loss
+from .pipelines import load_pipeline, pipeline_source
 from .precision import in_precision
-from .sampling import Schedule, pictures_at_once, step_distribution
-from .training import DDPOConfig
+from ddpo_scratch.sampling import (
+    Schedule,
+    decoding_fn,
+    pictures_at_once,
+    sd_sample,
+    step_distribution,
+)
+from .training import DDPOConfig, TrainingState
 
 # %% ../nbs/15_plan.ipynb 5
 STABLE_DIFFUSION_1 = {  # as published; what is not said is the classes' default
@@ -255,3 +264,62 @@ def duration(seconds: float) -> str:
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= size: return f"{seconds / size:6.1f} {unit:3}"
     return f"{seconds:6.1f} s  "
+
+# %% ../nbs/15_plan.ipynb 19
+def full_size(
+    device: str,
+) -> StableDiffusionPipeline:
+    "Stable Diffusion 1's architecture with random weights, and the embedded model's tokenizer."
+    pipe, found = load_pipeline("emoji", device), STABLE_DIFFUSION_1
+    with torch.device(device):
+        unet = UNet2DConditionModel.from_config(found["unet"])
+        vae = AutoencoderKL.from_config(found["vae"])
+        text_encoder = CLIPTextModel(CLIPTextConfig(**found["text_encoder"]))
+    for module in (vae, text_encoder): module.eval().requires_grad_(False)
+    pipe = StableDiffusionPipeline(
+        vae, text_encoder, pipe.tokenizer, unet, pipe.scheduler, None, None,
+        requires_safety_checker=False)
+    pipe.tokenizer.model_max_length = text_encoder.config.max_position_embeddings
+    return pipe
+
+
+def rehearse(
+    img_size: int = 512,  # pixels
+    lora_rank: int = 4,   # of the adapter
+    device: str = "cpu",
+) -> None:
+    "Two steps of sampling, one of training, at full size: what they take, and whether they work."
+    start = time.perf_counter()
+    def took(what):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        print(f"{what:10} {time.perf_counter() - start:6.1f} s   peak {peak:5.1f} GB", flush=True)
+    pipe = full_size(device)
+    config = DDPOConfig(img_size=img_size, lora_rank=lora_rank, num_timesteps=2, device=device)
+    state = TrainingState(config, pipe)
+    pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.eval()
+    took("made")
+    latents, xs, log_probs = sd_sample(
+        ["a fox"], pipe, img_size, img_size, config.cfg, config.num_timesteps, config.eta, device)
+    took("sampled")
+    picture = decoding_fn(latents, pipe)
+    took("decoded")
+    metrics = {}
+    compute_loss(xs, log_probs, torch.ones(1, device=device), 10.0, 1e-4, ["a fox"], pipe,
+                 config.num_timesteps, config.cfg, config.eta, device, timestep_fraction=0.5,
+                 metrics=metrics)
+    took("trained")
+    trained = {id(weight) for weight in state.weights}
+    if not all(weight.grad.isfinite().all() for weight in state.weights):
+        raise RuntimeError("a gradient of the adapter is NaN or infinite.")
+    if any(p.grad is not None for p in pipe.unet.parameters() if id(p) not in trained):
+        raise RuntimeError("a weight that is frozen has a gradient.")
+    norm = torch.stack([weight.grad.norm() for weight in state.weights]).norm()
+    print(f"picture {picture.shape}, norm of the gradient {norm:.2e}, log-ratio "
+          f"{metrics['max_log_ratio']:.1e}; gradients are finite in {len(trained)} tensors of the "
+          "adapter, and there are none elsewhere", flush=True)
+
+
+def rehearsal() -> None:
+    "The command `ddpo_rehearsal`."
+    tyro.cli(rehearse, use_underscores=True)

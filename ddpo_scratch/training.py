@@ -101,6 +101,7 @@ class DDPOConfig:
     device: str | None = None  # any torch device; None: CUDA if there is one, else the CPU
     save_every: int = 10  # epochs from one checkpoint to the next; there is one at the end, too
     keep: int = 2  # the newest checkpoints that stay while the run goes on
+    log_with: str | None = None  # "tensorboard" or "wandb" beside metrics.csv; None: that alone
 
     def __post_init__(self):
         if self.buffer_size is None and self.min_count is None:

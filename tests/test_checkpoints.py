@@ -105,7 +105,7 @@ def test_five_kills_change_nothing():
         assert len(checkpoints_in(folder / "checkpoints")) == 1
     finally:
         os.chdir(here)
-        place.cleanup()
+        place.cleanup()  # pytest calls this test, the notebook does not: it takes a minute
 
 
 def trained_weights_of(pipe):

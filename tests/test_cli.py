@@ -14,11 +14,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ddpo_scratch.checkpoints import write_file
 from ddpo_scratch.cli import (
@@ -54,6 +56,17 @@ def last_line(done):
     return done.stderr.strip().splitlines()[-1]
 
 
+def opened_by_its_card(folder):
+    "The picture that the model card's code draws."
+    card, found = (folder / "README.md").read_text(), {}
+    code = card.split("```python\n")[1].split("```")[0]
+    exec(code.replace("path/to/this/folder", str(folder)), found)
+    assert "fresh pictures: reward" in card and (folder / "reward_curve.png").exists()
+    settings = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
+    assert settings == yaml.safe_load((folder.parent / "config.yaml").read_text())
+    return found["picture"]
+
+
 def test_the_command_leaves_a_whole_run():
     "All files, readable; plain lines; plain diffusers loads a pipeline that has changed."
     with TemporaryDirectory() as folder:
@@ -85,8 +98,7 @@ def test_the_command_leaves_a_whole_run():
         fresh = load_pipeline("emoji", "cpu")
         assert any(not torch.equal(p, q)
                    for p, q in zip(trained.unet.parameters(), fresh.unet.parameters()))
-        picture = trained(["a fox"], num_inference_steps=2, output_type="np").images
-        assert picture.shape == (1, 64, 64, 3)
+        assert opened_by_its_card(path / "pipeline").size == (64, 64)
         taken = last_line(ddpo_train(folder, *FLAGS, "--name", "first"))
         assert taken.startswith("ddpo_train: the run 'first' is there already")
         inside = last_line(ddpo_train(folder, "--pipeline", "runs/first"))
@@ -258,11 +270,45 @@ def test_an_adapter_is_left_instead_of_the_pipeline():
             "to_q", "to_k", "to_v", "to_out.0")
         plain = load_pipeline("emoji", "cpu")
         plain.load_lora_weights(folder / "lora")
+        assert opened_by_its_card(folder / "lora").size == (64, 64)
     x, words = torch.randn(1, 4, 8, 8), torch.randn(1, 8, plain.unet.config.cross_attention_dim)
-    with torch.no_grad():
-        ours, theirs = (p.unet(x, torch.tensor(500), encoder_hidden_states=words).sample
-                        for p in (pipe, plain))
-    assert torch.equal(ours, theirs)
+    def output(pipe):
+        with torch.no_grad():
+            return pipe.unet(x, torch.tensor(500), encoder_hidden_states=words).sample
+    assert torch.equal(output(pipe), output(plain))
+
+    with TemporaryDirectory() as runs:  # trained further: the pipeline brings its adapter
+        config = make_config("emoji", **SMALL | dict(lr=1e-2))
+        before, base = output(plain), load_pipeline("emoji", "cpu")
+        run_training(config, plain, emoji_animal_prompts, JPEGCompressibility(), Path(runs) / "on")
+        base.load_lora_weights(Path(runs) / "on" / "lora")
+    assert torch.equal(output(plain), output(base)) and not torch.equal(output(base), before)
+
+
+def test_logs():
+    "What TensorBoard and an offline Weights & Biases have been told is what metrics.csv says."
+    config = make_config("emoji", **SMALL)
+    def run(folder, kind):
+        run_training(replace(config, log_with=kind), load_pipeline("emoji", "cpu"),
+                     emoji_animal_prompts, JPEGCompressibility(), folder)
+        return [row["reward_mean"] for row in csv.DictReader((folder / "metrics.csv").open())]
+    with TemporaryDirectory() as runs:
+        folder = Path(runs) / "tb"
+        rewards = run(folder, "tensorboard")
+        events = EventAccumulator(str(folder / "tensorboard")).Reload()
+        told = events.Scalars("reward_mean")
+        assert [event.step for event in told] == [1, 2]
+        np.testing.assert_allclose([event.value for event in told], list(map(float, rewards)), 1e-6)
+        assert len(events.Images("progress")) >= 1
+        folder = Path(runs) / "wb"
+        with patch.dict(os.environ, {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}):
+            run(folder, "wandb")
+        file, = folder.glob("wandb/offline-run-*/*.wandb")
+        assert b"reward_mean" in file.read_bytes()
+        assert len(list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))) >= 6
+        with patch.dict(sys.modules, {"wandb": None}):
+            with pytest.raises(ValueError, match=r"pip install 'ddpo_scratch\[wandb\]'"):
+                run(Path(runs) / "none", "wandb")
 
 
 def test_ctrl_c_ends_in_one_sentence():
@@ -273,7 +319,7 @@ def test_ctrl_c_ends_in_one_sentence():
         early.send_signal(signal.SIGINT)
         _, said = early.communicate(timeout=60)
         assert early.returncode == 130 and said == (
-            "\nddpo_train: stopped by Ctrl-C. Nothing was written.\n")
+            "\nddpo_train: stopped by Ctrl-C. Nothing was written.\n"), (early.returncode, said)
         flags = [*FLAGS, "--num_epochs", "1000", "--name", "long"]
         folder = Path(place) / "runs" / "long"
         run = subprocess.Popen([*COMMAND, *flags], cwd=place, text=True,

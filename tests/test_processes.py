@@ -69,6 +69,7 @@ def test_the_number_of_processes_does_not_show():
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
         assert torch.equal(first[2], second[2])  # the two have the same weights to the last bit
         assert one[0][0]["clip_fraction"] > 0 and one[0][-1]["ref_kl"] > 0
+# pytest calls this test, the notebook does not: it takes a minute
 
 
 FAILING = """

@@ -54,7 +54,7 @@ def test_presets_are_the_blogs_and_its_miniature():
         prompts="imagenet_animal_prompts", gradient_checkpointing=True, anneal_lr=False,
         num_eval_samples=128, timestep_fraction=1.0, samples_per_prompt=1, kl_coef=0.0,
         precision="fp32", lora_rank=0, lora_alpha=None, gradient_accumulation=1, save_every=10,
-        keep=2,
+        keep=2, log_with=None,
         lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(DDPOConfig)} - set(blog) == {"seed", "device"}
@@ -361,7 +361,8 @@ BAD = (("num_epochs", 0), ("batch_size", -1), ("num_timesteps", 2.5), ("img_size
        ("seed", -1), ("seed", 2**31), ("num_eval_samples", 0),
        ("batch_size", True), ("timestep_fraction", 0), ("timestep_fraction", 1.1), ("lr", True),
        ("buffer_size", 0), ("min_count", 0), ("buffer_size", "8"), ("buffer_size", 1),
-       ("min_count", 1), ("lr", 1e38), ("gradient_accumulation", 0), ("save_every", 0), ("keep", 0),
+       ("min_count", 1), ("lr", 1e38), ("gradient_accumulation", 0), ("log_with", "wandbb"),
+       ("save_every", 0), ("keep", 0),
        ("weight_decay", float("inf")))
 
 
