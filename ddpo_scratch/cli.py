@@ -415,6 +415,8 @@ class Progress:
         self.config, self.pipe, self.folder, self.looks = config, pipe, folder, looks
         self.prompts = list(dict.fromkeys(prompts))[:6]
         self.shown = {round(config.num_epochs * k / count) for k in range(1, count + 1)}
+        self.frames = [strip_frame(images.numpy(), title, self.prompts)
+                       for title, images in looks.items()]
 
     def look(self, title: str) -> None:
         images, _ = evaluate(self.config, self.pipe, self.prompts, no_reward)
@@ -422,9 +424,8 @@ class Progress:
         columns = [images.numpy() for images in self.looks.values()]
         strip = progress_strip(columns, list(self.looks), self.prompts)
         write_file(self.folder / "progress.png", png_bytes(strip))
-        frames = [strip_frame(images, title, self.prompts)
-                  for title, images in zip(self.looks, columns)]
-        write_file(self.folder / "progress.gif", gif_bytes(frames))
+        self.frames.append(strip_frame(columns[-1], title, self.prompts))
+        write_file(self.folder / "progress.gif", gif_bytes(self.frames))
 
     def after(self, epoch: int) -> None:
         if epoch in self.shown:

@@ -6,7 +6,6 @@
 __all__ = ['load_pictures', 'named_right', 'train_emoji_model']
 
 # %% ../nbs/10_emoji_model.ipynb 3
-import os
 import shutil
 from collections.abc import Callable
 from importlib.resources import files
@@ -23,6 +22,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .checkpoints import at_one_stroke
 from .prompts import captioned, emoji_animals
 from .rewards import new_classifier, new_judge, share_right
 from .sampling import decoding_fn
@@ -126,10 +126,9 @@ def fit(
         losses.append(loss.item())
         bar.comment = f"{checkpoint.stem} {np.mean(losses[-50:]):.4f}"
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            part = checkpoint.with_suffix(".part")
-            torch.save({"losses": losses}
-                       | {name: value.state_dict() for name, value in state.items()}, part)
-            os.replace(part, checkpoint)
+            with at_one_stroke(checkpoint) as part:
+                torch.save({"losses": losses}
+                           | {name: value.state_dict() for name, value in state.items()}, part)
     return average.module.eval(), losses
 
 # %% ../nbs/10_emoji_model.ipynb 17
@@ -343,13 +342,10 @@ def save_pipeline(
         vae=vae.half(), text_encoder=model["text_encoder"], tokenizer=tokenizer,
         unet=model["unet"].half(), scheduler=new_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    pipe.save_pretrained(part)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(tokenizer_files / name, part / "tokenizer" / name)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    with at_one_stroke(folder) as part:
+        pipe.save_pretrained(part)
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(tokenizer_files / name, part / "tokenizer" / name)
 
 # %% ../nbs/10_emoji_model.ipynb 30
 def train_emoji_model(

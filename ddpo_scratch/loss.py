@@ -80,6 +80,14 @@ def step_loss(
     return StepLoss(loss, log_ratio, clipped, ref_kl.detach())
 
 # %% ../nbs/05_loss.ipynb 25
+def trained_steps(
+    num_inference_steps: int,   # T
+    timestep_fraction: float,   # share of them, noisiest first
+) -> int:                       # at least one
+    "How many of the T steps are trained."
+    return max(1, round(num_inference_steps * timestep_fraction))
+
+
 def sum_up(
     parts: list[StepLoss],  # of the trained steps, without graphs
 ) -> tuple[float, dict[str, float]]:
@@ -120,7 +128,7 @@ def compute_loss(
     advantages = advantages.detach().clamp(-clip_advantages, clip_advantages)
 
     parts = []
-    for step in range(max(1, round(num_inference_steps * timestep_fraction))):
+    for step in range(trained_steps(num_inference_steps, timestep_fraction)):
         part = step_loss(step, x_t, original_log_probs, advantages, clip_ratio, embeddings,
                          pipe.unet, schedule, guidance_scale, kl_coef, ref_unet)
         loss = share * part.loss

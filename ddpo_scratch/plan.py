@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/15_plan.ipynb 3
-import resource
+import sys
 import time
 import weakref
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from .lora import AdapterOff, add_lora
-from .loss import compute_loss, step_loss
+from .loss import compute_loss, step_loss, trained_steps
 from .pipelines import load_pipeline, pipeline_source
 from .precision import in_precision
 from ddpo_scratch.sampling import (
@@ -71,13 +71,13 @@ def models(
     with torch.device("meta"):
         trained, vae = unet(), AutoencoderKL.from_config(found["vae"]).eval()
         text_encoder = CLIPTextModel(CLIPTextConfig(**found["text_encoder"])).eval()
-        other = unet().requires_grad_(False)
+        has_copy = config.kl_coef > 0 and not config.lora_rank
+        reference = unet().requires_grad_(False) if has_copy else None
     for module in (vae, text_encoder): module.requires_grad_(False)
     if config.gradient_checkpointing: trained.enable_gradient_checkpointing()
     if config.lora_rank:
         add_lora(trained, config.lora_rank, config.lora_alpha, config.lora_targets)
-    reference = None if config.kl_coef == 0 else (
-        AdapterOff(trained) if config.lora_rank else other)
+        if config.kl_coef > 0: reference = AdapterOff(trained)
     return trained, vae, text_encoder, reference
 
 
@@ -140,44 +140,44 @@ class Work:
         self.side = config.img_size // 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.words = self.text_encoder.config.max_position_embeddings
 
-    def inputs(self, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
-        "Two neighbouring latents of each sample, and token vectors; and a schedule, not returned."
+    def inputs(self, samples: int) -> tuple[torch.Tensor, torch.Tensor, Schedule]:
+        "Two neighbouring latents of each sample, token vectors, and a walk of one step."
         tables = [torch.zeros(1) for _ in range(5)]
-        self.schedule = Schedule(torch.zeros(1, dtype=torch.long), *tables, "epsilon", None)
         rows = samples * (2 if self.config.cfg > 1 else 1)
         latents = (self.unet.config.in_channels, self.side, self.side)
         return (torch.zeros(2, samples, *latents),
-                torch.zeros(rows, self.words, self.unet.config.cross_attention_dim))
+                torch.zeros(rows, self.words, self.unet.config.cross_attention_dim),
+                Schedule(torch.zeros(1, dtype=torch.long), *tables, "epsilon", None))
 
-    def sample(self, x, words) -> None:
+    def sample(self, x, words, schedule) -> None:
         with torch.no_grad(), in_precision(self.precision, self.unet):
-            step_distribution(self.unet, x[0], 0, words, self.schedule, self.config.cfg)
+            step_distribution(self.unet, x[0], 0, words, schedule, self.config.cfg)
 
-    def train(self, x, words) -> None:
+    def train(self, x, words, schedule) -> None:
         count = x.shape[1]
         with in_precision(self.precision, self.unet, self.reference):
             part = step_loss(0, x, torch.zeros(1, count), torch.zeros(count),
-                             self.config.clip_ratio, words, self.unet, self.schedule,
+                             self.config.clip_ratio, words, self.unet, schedule,
                              self.config.cfg, self.config.kl_coef, self.reference)
             part.loss.backward()
 
-    def decode(self, x, words) -> None:
+    def decode(self, x, words, schedule) -> None:
         with torch.no_grad(): self.vae.decode(x[0, :pictures_at_once(self.config.img_size)])
 
     def peak(self, step, samples: int) -> int:
         "Bytes that a step of so many samples takes beside weights and gradients."
-        x, words = self.inputs(samples)
-        step(x, words)  # makes the gradients
+        x, words, schedule = self.inputs(samples)
+        step(x, words, schedule)  # makes the gradients
         known = [tensor for module in self.modules
                  for weight in [*module.parameters(), *module.buffers()]
                  for tensor in (weight, weight.grad) if tensor is not None]
-        with LiveBytes(*known, x, words, *self.schedule[:6]) as live: step(x, words)
+        with LiveBytes(*known, x, words, *schedule[:6]) as live: step(x, words, schedule)
         return live.peak
 
     def operations(self, step) -> int:
         "Floating-point operations of a step of one sample."
-        x, words = self.inputs(1)
-        with FlopCounterMode(display=False) as counter: step(x, words)
+        inputs = self.inputs(1)
+        with FlopCounterMode(display=False) as counter: step(*inputs)
         return counter.get_total_flops()
 
 # %% ../nbs/15_plan.ipynb 10
@@ -196,6 +196,12 @@ class Plan(NamedTuple):
         "The largest that is needed at any time, without the trajectories."
         return sum(self.resident.values()) + max(self.peaks.values())
 
+    def seconds(self, card: str, precision: str) -> float:
+        "An epoch's, on one of `GPUS`, at the assumed utilisation."
+        _, full, half = GPUS[card]
+        speed = UTILISATION * 1e12 * (full if precision == "fp32" else half)
+        return (self.sampling + self.training) / speed
+
 
 def make_plan(
     config: DDPOConfig,
@@ -204,12 +210,12 @@ def make_plan(
     work = Work(config, configurations(config.pipeline))
     with torch.device("meta"):
         sampling, training = work.operations(work.sample), work.operations(work.train)
-    size = {name: sum(p.numel() for p in module.parameters()) for name, module in
-            (("unet", work.unet), ("others", work.vae), ("text", work.text_encoder))}
+    unet, others = (sum(p.numel() for module in modules for p in module.parameters())
+                    for modules in ([work.unet], [work.vae, work.text_encoder]))
     trained = sum(p.numel() for p in work.unet.parameters() if p.requires_grad)
     epoch = config.num_samples_per_epoch
     batch, at_a_time = min(config.batch_size, epoch), min(config.sample_batch_size, epoch)
-    steps = max(1, round(config.num_timesteps * config.timestep_fraction))
+    steps = trained_steps(config.num_timesteps, config.timestep_fraction)
     with FakeTensorMode():
         for module in work.modules: move_here(module)
         work.precision = config.precision
@@ -217,14 +223,13 @@ def make_plan(
                  "decoding": work.peak(work.decode, at_a_time),
                  "training": work.peak(work.train, -(-batch // config.gradient_accumulation)),
                  "AdamW's step": 4 * trained}
-    copies = work.reference is not None and not config.lora_rank
+    copies = isinstance(work.reference, torch.nn.Module)
     latents = work.unet.config.in_channels * work.side**2
     return Plan(
-        trained, sum(size.values()) - trained,
+        trained, unet + others - trained,
         epoch * config.num_timesteps * sampling, epoch * config.num_inner_epochs * steps * training,
-        {"UNet": 4 * size["unet"], "its reference": 4 * size["unet"] * copies,
-         "VAE and text encoder": 4 * (size["others"] + size["text"]), "gradients": 4 * trained,
-         "AdamW's averages": 8 * trained},
+        {"UNet": 4 * unet, "its reference": 4 * unet * copies, "VAE and text encoder": 4 * others,
+         "gradients": 4 * trained, "AdamW's averages": 8 * trained},
         peaks, 4 * epoch * (config.num_timesteps + 1) * latents)
 
 # %% ../nbs/15_plan.ipynb 12
@@ -252,9 +257,8 @@ def plan_text(
              f"operations of an epoch: {plan.sampling / 1e15:.2f} · 10¹⁵ for sampling, "
              f"{plan.training / 1e15:.2f} · 10¹⁵ for training", "",
              f"an epoch, and {config.num_epochs}, at {UTILISATION:.0%} of a card's peak:"]
-    for card, (size, full, half) in GPUS.items():
-        speed = UTILISATION * 1e12 * (full if config.precision == "fp32" else half)
-        epoch = (plan.sampling + plan.training) / speed
+    for card, (size, _, _) in GPUS.items():
+        epoch = plan.seconds(card, config.precision)
         fits = "" if plan.memory / 1e9 + 1.5 < size else "   does not fit"
         lines.append(f"  {card:16} {duration(epoch)}  {duration(epoch * config.num_epochs)}{fits}")
     return "\n".join([*lines, "", "All this is computed, not measured."])
@@ -289,9 +293,10 @@ def rehearse(
     device: str = "cpu",
 ) -> None:
     "Two steps of sampling, one of training, at full size: what they take, and whether they work."
-    start = time.perf_counter()
+    import resource  # which Windows does not have
+    start, unit = time.perf_counter(), 1e9 if sys.platform == "darwin" else 1e6
     def took(what):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         print(f"{what:10} {time.perf_counter() - start:6.1f} s   peak {peak:5.1f} GB", flush=True)
     pipe = full_size(device)
     config = DDPOConfig(img_size=img_size, lora_rank=lora_rank, num_timesteps=2, device=device)
