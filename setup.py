@@ -23,8 +23,8 @@ setup(
     package_data={cfg["lib_path"]: ["emoji/**/*", "*.npz", "*.safetensors"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "tensorboard": ["tensorboard"],
-                    "wandb": ["wandb"]},
+    extras_require={"dev": cfg["dev_requirements"].split()} | {
+        extra: [extra] for extra in ("tensorboard", "wandb", "bitsandbytes")},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

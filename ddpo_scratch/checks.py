@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../nbs/90_checks.ipynb 3
+import importlib.util
 import inspect
 import math
 import numbers
@@ -280,8 +281,19 @@ def check_field(
         raise ValueError(f"seed must be a whole number from 0 to 2147483647, not {value!r}.")
     if name in ("pipeline", "prompts", "reward", "device") and not isinstance(value, str):
         raise TypeError(f"{name} is a name, a string, not a {type(value).__name__}.")
-    if name in ("gradient_checkpointing", "anneal_lr") and not isinstance(value, bool):
+    switches = ("gradient_checkpointing", "anneal_lr", "use_8bit_adam", "offload")
+    if name in switches and not isinstance(value, bool):
         raise TypeError(f"{name} is True or False, not {value!r}.")
+
+
+def check_installed(
+    package: str,  # which an extra of the same name brings
+    setting: str,  # that wants it
+) -> None:
+    "`ValueError` where an optional package is not there."
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{setting} needs the package {package}, which is not installed: "
+                         f"pip install 'ddpo_scratch[{package}]' brings it.")
 
 # %% ../nbs/90_checks.ipynb 19
 class Skipped:

@@ -26,7 +26,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count, islice
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ import yaml
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from filelock import FileLock, Timeout
+from huggingface_hub import HfApi
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors import SafetensorError
@@ -50,11 +51,12 @@ from ddpo_scratch.checkpoints import (
     stop_after_a_batch,
     write_file,
 )
-from .checks import check_reward_fn
+from .checks import check_reward_fn, check_rewards
 from .lora import adapters_of
 from .pipelines import load_pipeline, pipeline_source
 from .plan import make_plan, plan_text
-from .processes import from_the_first, processes, say
+from .precision import in_precision
+from .processes import from_the_first, gathered, processes, say
 from .prompts import PromptFile, emoji_animals, emoji_prompts
 from ddpo_scratch.rewards import (
     REWARDS,
@@ -65,7 +67,9 @@ from ddpo_scratch.rewards import (
     reward_weights,
     share_right,
 )
+from .sampling import decoding_fn
 from ddpo_scratch.training import (
+    EVALUATION,
     PRESETS,
     PROMPTS,
     DDPOConfig,
@@ -76,6 +80,8 @@ from ddpo_scratch.training import (
     make_config,
     make_prompt_fn,
     no_reward,
+    noise_sources,
+    sampling_batches,
     train,
     verdict,
 )
@@ -397,6 +403,8 @@ def kept(
     names = sorted(path.name for path in folder.iterdir() if path.name != UNFINISHED)
     if not names:
         return f"{folder} keeps nothing but a note."
+    if not (folder / UNFINISHED).exists():
+        return f"The run itself has come to its end, and is whole in {folder}."
     return f"{folder} keeps {', '.join(names)}. {newest(folder)}"
 
 # %% ../nbs/08_cli.ipynb 16
@@ -443,6 +451,30 @@ def judged(
     return f"{share_right(images, prompts, load_judge()):.0%}"
 
 # %% ../nbs/08_cli.ipynb 17
+def plain_reward(
+    config: DDPOConfig,
+    pipe: StableDiffusionPipeline,
+    prompts: list[str],   # the first 64 of them are drawn
+    reward_fn: Callable,  # (images, prompts) → one number each
+) -> float:               # mean
+    "The reward of what `pipe(prompt)` draws by itself, each prompt always from the same noise."
+    rewards, bar = [], getattr(pipe, "_progress_bar_config", {})
+    mixed = pipe.unet.dtype != pipe.text_encoder.dtype
+    pipe.set_progress_bar_config(disable=True)
+    for batch in sampling_batches(len(prompts[:64]), config.sample_batch_size):
+        if len(batch) == 0: continue
+        asked = [prompts[i] for i in batch]
+        noise = noise_sources(config.seed, EVALUATION, batch.tolist())
+        with (in_precision(config.precision, pipe.unet),
+              torch.autocast(pipe.device.type, pipe.unet.dtype, mixed)):
+            drawn = pipe(asked, config.img_size, config.img_size, generator=noise,
+                         output_type="latent").images
+        images = decoding_fn(drawn, pipe)
+        rewards.append(check_rewards(reward_fn(images, asked), asked))
+    pipe.set_progress_bar_config(**bar)
+    return torch.cat(gathered(rewards)).mean().item()
+
+
 def first_look(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,
@@ -455,6 +487,7 @@ def first_look(
     images, before = evaluate(config, pipe, prompts, reward_fn)
     save_pictures(folder / "before.png", prompts, images, before)
     return {"prompts": prompts, "before": before, "right": judged(images, prompts), "looks": {},
+            "plain": plain_reward(config, pipe, prompts, reward_fn),
             "units": reward_fn.units if isinstance(reward_fn, WeightedSum) else {},
             "config": asdict(config), "id": secrets.token_hex(4)}
 
@@ -473,6 +506,9 @@ def last_look(
     if run["right"]:
         lines.append(f"right animals, says the judge: {run['right']} before, "
                      f"{judged(images, prompts)} after")
+    plain = plain_reward(config, pipe, prompts, reward_fn)
+    lines.append("drawn by pipe(prompt) alone, 50 steps without noise, guidance 7.5: "
+                 f"reward {run['plain']:.4f} before, {plain:.4f} after")
     for line in lines: say(line)
     save_pictures(folder / "after.png", prompts, images, after)
     write_file(folder / "evaluation.csv", csv_text([
@@ -495,7 +531,7 @@ Trained with DDPO (Black et al. 2023, arXiv:2305.13301) by `ddpo_scratch`, on pr
 ![mean reward over the epochs](reward_curve.png)
 
 It was trained to draw in {num_timesteps} steps with noise (DDIM, eta {eta:g}), guidance {cfg:g},
-{img_size} pixels. The numbers above hold for this sampler; another one may draw something else.
+{img_size} pixels. Unless another sampler is named, the numbers above hold for this one:
 
 ```python
 {opening}
@@ -549,11 +585,7 @@ class Log:
         else:
             self.tracker = WandBTracker("ddpo_scratch", name=folder.name, dir=str(folder),
                                         id=run_id, resume="allow", config=asdict(config))
-        try:
-            self.tracker.start()
-        except ImportError as error:
-            raise ValueError(f"log_with {config.log_with}: {error}. pip install "
-                             f"'ddpo_scratch[{config.log_with}]' brings it.") from error
+        self.tracker.start()
 
     def epoch(self, row: dict, pictures: torch.Tensor | None) -> None:
         if self.tracker:
@@ -638,7 +670,7 @@ GROUPS = {
         "cfg", "eta", "clip_ratio", "clip_advantages", "kl_coef", "buffer_size", "min_count")),
     "machine": ("speed and memory; what is learnt changes by rounding only", (
         "sample_batch_size", "gradient_accumulation", "precision", "gradient_checkpointing",
-        "device", "save_every", "keep", "log_with")),
+        "use_8bit_adam", "offload", "device", "save_every", "keep", "log_with")),
 }
 
 DESCRIPTION = """Train a text-to-image model on a reward with DDPO.
@@ -672,12 +704,23 @@ def flags_type(
         flag("plan", bool, "only say what memory, operations and time it takes (computed)", False),
         flag("name", str | None, "of the folder in runs/; None: pipeline, reward, a number", None),
         flag("resume", str | None, "the folder of a run that goes on, such as runs/mine", None),
+        flag("push_to_hub", str | None,
+             "the result goes there, too: owner/name; a new one is private", None),
         *groups])
 
 # %% ../nbs/08_cli.ipynb 24
+class Command(NamedTuple):
+    "What the flags ask for."
+    config: DDPOConfig
+    name: str | None = None         # of the run's folder
+    resume: Path | None = None      # the folder of a run that goes on
+    only_plan: bool = False
+    push_to_hub: str | None = None  # owner/name
+
+
 def parse(
     argv: list[str],  # the command's arguments
-) -> tuple[DDPOConfig, str | None, Path | None, bool]:  # and name, folder to resume, only plan?
+) -> Command:
     "Flags to configuration. `ValueError` for values that cannot be; tyro exits for unknown flags."
     first = argparse.ArgumentParser("ddpo_train", add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "name", "resume"): first.add_argument(f"--{name}")
@@ -702,9 +745,41 @@ def parse(
     values = {key: value for group in GROUPS for key, value in vars(getattr(flags, group)).items()}
     config = DDPOConfig(**values)
     if resume: check_resumable(config, Path(resume))
-    return config, name, Path(resume) if resume else None, flags.plan
+    return Command(config, name, Path(resume) if resume else None, flags.plan, flags.push_to_hub)
 
 # %% ../nbs/08_cli.ipynb 26
+@contextmanager
+def hub_errors(
+    what: str,  # that cannot be done
+):
+    "Whatever goes wrong with the hub, in a sentence. The errors are of several libraries."
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{what}: {reason}") from error
+
+
+def make_repo(
+    repo: str,  # owner/name
+) -> None:
+    "Make a private repository, unless it is there; the first time, too, that the hub is asked."
+    with hub_errors(f"{repo!r} cannot be had on the hub, where --push_to_hub is to put the result"):
+        HfApi().create_repo(repo, private=True, exist_ok=True)
+
+
+def upload(
+    folder: Path,  # of a run that has come to its end
+    repo: str,     # owner/name
+) -> str:          # the address of the commit
+    "What was trained, to the hub."
+    path = next(folder / name for name in ("lora", "pipeline") if (folder / name).exists())
+    again = f"hf upload {shlex.quote(repo)} {shlex.quote(str(path))}"
+    with hub_errors(f"{path} could not be uploaded (`{again}` does it later)"):
+        return HfApi().upload_folder(
+            repo_id=repo, folder_path=path, commit_message="Trained with ddpo_scratch").commit_url
+
+# %% ../nbs/08_cli.ipynb 28
 def check_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],
@@ -723,9 +798,9 @@ def check_prompts(
 def prepare(
     argv: list[str],  # the command's arguments
     runs: Path,       # the folder of all runs
-) -> tuple:           # the arguments of `run_training`; the folder is made last
-    "Everything that can be refused, cheap things first."
-    config, name, resume, only_plan = parse(argv)
+) -> tuple[tuple, str | None]:  # the arguments of `run_training`; where the result is to go
+    "Everything that can be refused, cheap things first; the folder is made last."
+    config, name, resume, only_plan, repo = parse(argv)
     if only_plan:
         say(plan_text(config, make_plan(config)))
         sys.exit()
@@ -738,8 +813,9 @@ def prepare(
     pipe = load_pipeline(config.pipeline, config.device)
     check_run(config, pipe)
     reward_fn = make_reward(config.reward, pipe.device)
+    if repo: from_the_first(lambda: make_repo(repo))
     folder = resume or from_the_first(lambda: run_folder(config, name, runs))
-    return config, pipe, prompt_fn, reward_fn, folder, resume is not None
+    return (config, pipe, prompt_fn, reward_fn, folder, resume is not None), repo
 
 
 def main() -> None:
@@ -748,13 +824,15 @@ def main() -> None:
     signal.signal(signal.SIGTERM, leave)
     folder = None
     try:
-        *what, folder, resume = prepare(sys.argv[1:], Path("runs"))
-        config, pipe, _, _ = what
+        what, repo = prepare(sys.argv[1:], Path("runs"))
+        config, pipe, _, _, folder, _ = what
         several = processes().num_processes
         say(f"{config.pipeline} on {f'{several} times ' if several > 1 else ''}{pipe.device.type}, "
             f"reward {config.reward}, {config.num_epochs} epochs of "
             f"{config.num_samples_per_epoch} pictures")
-        run_training(*what, folder, resume)
+        run_training(*what)
+        say(f"curve, pictures and what was trained are in {folder}")
+        if repo: say(f"uploaded: {from_the_first(lambda: upload(folder, repo))}")
     except KeyboardInterrupt as error:
         stop = error if isinstance(error, Stopped) else Stopped("SIGINT")
         left = kept(folder) if folder else "Nothing was written."
@@ -764,4 +842,3 @@ def main() -> None:
     except (ValueError, OSError, SafetensorError) as error:
         left = kept(folder) if folder else "Nothing was written."
         sys.exit(f"ddpo_train: {str(error).rstrip('.')}. {left}")
-    say(f"curve, pictures and what was trained are in {folder}")

@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from .lora import AdapterOff, add_lora
 from .loss import compute_loss, step_loss, trained_steps
 from .pipelines import load_pipeline, pipeline_source
-from .precision import in_precision
+from .precision import averages_bytes, in_precision
 from ddpo_scratch.sampling import (
     Schedule,
     decoding_fn,
@@ -222,14 +222,19 @@ def make_plan(
         peaks = {"sampling": work.peak(work.sample, at_a_time),
                  "decoding": work.peak(work.decode, at_a_time),
                  "training": work.peak(work.train, -(-batch // config.gradient_accumulation)),
-                 "AdamW's step": 4 * trained}
+                 "AdamW's step": 0 if config.use_8bit_adam else 4 * trained}
+    if config.offload:
+        for phase in ("sampling", "decoding"): peaks[phase] += 4 * others
     copies = isinstance(work.reference, torch.nn.Module)
     latents = work.unet.config.in_channels * work.side**2
+    averages = sum(averages_bytes(weight.numel(), config.use_8bit_adam)
+                   for weight in work.unet.parameters() if weight.requires_grad)
     return Plan(
         trained, unet + others - trained,
         epoch * config.num_timesteps * sampling, epoch * config.num_inner_epochs * steps * training,
-        {"UNet": 4 * unet, "its reference": 4 * unet * copies, "VAE and text encoder": 4 * others,
-         "gradients": 4 * trained, "AdamW's averages": 8 * trained},
+        {"UNet": 4 * unet, "its reference": 4 * unet * copies,
+         "VAE and text encoder": 4 * others * (not config.offload),
+         "gradients": 4 * trained, "AdamW's averages": averages},
         peaks, 4 * epoch * (config.num_timesteps + 1) * latents)
 
 # %% ../nbs/15_plan.ipynb 12

@@ -86,15 +86,15 @@ def encode_prompts(
     prompts: list[str],     # B prompts
     pipe: StableDiffusionPipeline,
     guidance_scale: float,  # above 1: the empty prompt's vectors are put before the prompts'
-    device: str | torch.device,
+    device: str | torch.device,  # of what is returned; the text encoder works where it is
 ) -> torch.Tensor:          # [B, L, E], or [2B, L, E] with guidance
     "Token vectors in the form that `predict_noise` takes."
     prompts, guided = list(prompts), guidance_scale > 1
     libraries = (type(pipe).encode_prompt.__module__, "transformers.tokenization_utils_base")
     with torch.no_grad(), quiet_loggers(*libraries):
         tell_of_long_prompts(prompts, pipe)
-        given, without = pipe.encode_prompt(prompts, device, 1, guided)
-    return torch.cat([without, given]) if guided else given
+        given, without = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, guided)
+    return (torch.cat([without, given]) if guided else given).to(device)
 
 # %% ../nbs/02_sampling.ipynb 17
 def pictures_at_once(

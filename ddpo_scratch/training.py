@@ -26,6 +26,7 @@ from ddpo_scratch.checks import (
     Skipped,
     check_field,
     check_finite,
+    check_installed,
     check_policy_arguments,
     check_reward_fn,
     check_rewards,
@@ -33,7 +34,13 @@ from ddpo_scratch.checks import (
 )
 from .lora import LORA_TARGETS, AdapterOff, add_lora, check_lora, trained_weights
 from .loss import compute_loss
-from .precision import check_precision, in_precision, warn_of_noise
+from ddpo_scratch.precision import (
+    check_precision,
+    in_precision,
+    make_optimizer,
+    on_the_cpu,
+    warn_of_noise,
+)
 from ddpo_scratch.processes import (
     gathered,
     my_part,
@@ -98,6 +105,8 @@ class DDPOConfig:
     gradient_accumulation: int = 1  # parts in which a batch's gradient is computed; saves memory
     precision: str = "fp32"  # of the UNet's arithmetic: fp32, bf16 or fp16; what is trained is fp32
     gradient_checkpointing: bool = True  # less memory in the backward pass, a third more time
+    use_8bit_adam: bool = False  # AdamW's averages in 8 bits, by bitsandbytes: a quarter of them
+    offload: bool = False  # VAE and text encoder wait on the CPU while the UNet is updated
     device: str | None = None  # any torch device; None: CUDA if there is one, else the CPU
     save_every: int = 10  # epochs from one checkpoint to the next; there is one at the end, too
     keep: int = 2  # the newest checkpoints that stay while the run goes on
@@ -219,6 +228,8 @@ def check_run(
     check_size(pipe, img_size=config.img_size)
     ddim_schedule(pipe.scheduler, config.num_timesteps, config.eta)
     check_precision(config.precision, pipe.device)
+    if config.use_8bit_adam: check_installed("bitsandbytes", "use_8bit_adam")
+    if config.log_with: check_installed(config.log_with, f"log_with {config.log_with}")
     if config.num_samples_per_epoch < processes().num_processes:
         raise ValueError(f"{processes().num_processes} processes cannot share "
                          f"{config.num_samples_per_epoch} samples: raise num_samples_per_epoch.")
@@ -315,8 +326,7 @@ class TrainingState:
         same_everywhere(unet)
         self.reference = None if config.kl_coef == 0 else (
             AdapterOff(unet) if config.lora_rank else copy.deepcopy(unet).requires_grad_(False))
-        self.optimizer = torch.optim.AdamW(
-            self.weights, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = make_optimizer(self.weights, config)
         self.scaler = torch.amp.GradScaler(
             pipe.device.type, init_scale=1024.0,
             enabled=config.precision == "fp16" or unet.dtype == torch.float16)
@@ -336,7 +346,7 @@ def batch_gradient(
 ) -> dict[str, float]:             # loss, and what `compute_loss` measures
     "Add the gradient of a batch's loss to the weights' `.grad`."
     parts = my_part(batch).tensor_split(config.gradient_accumulation)
-    measured, device = [], pipe.device
+    measured, device = [], pipe.unet.device
     for part in parts:
         if len(part) == 0: continue
         metrics = {}
@@ -403,19 +413,20 @@ def train(
                            for batch in equal_batches(count, config.batch_size, state.shuffler)]
 
         # 3. update the policy
-        for batch in progress_bar(now.batches[len(now.watched):], parent=bar):
-            optimizer.zero_grad()
-            metrics = batch_gradient(config, pipe, state, all_step_preds, log_probs, batch)
-            if epoch == 0 and not now.watched: warn_of_noise(metrics["max_log_ratio"], config)
-            state.scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(state.weights, config.max_grad_norm).item()
-            where = f"epoch {epoch + 1}, batch {len(now.watched) + 1} of {len(now.batches)}"
-            skip = state.skipped(metrics["loss"], norm, where)
-            if not skip: state.scaler.step(optimizer)
-            state.scaler.update()
-            now.watched.append({"loss": metrics.pop("loss"), "grad_norm": norm, **metrics,
-                                "skipped": skip})
-            on_batch()
+        with on_the_cpu(config.offload, pipe.vae, pipe.text_encoder):
+            for batch in progress_bar(now.batches[len(now.watched):], parent=bar):
+                optimizer.zero_grad()
+                metrics = batch_gradient(config, pipe, state, all_step_preds, log_probs, batch)
+                if epoch == 0 and not now.watched: warn_of_noise(metrics["max_log_ratio"], config)
+                state.scaler.unscale_(optimizer)
+                norm = torch.nn.utils.clip_grad_norm_(state.weights, config.max_grad_norm).item()
+                where = f"epoch {epoch + 1}, batch {len(now.watched) + 1} of {len(now.batches)}"
+                skip = state.skipped(metrics["loss"], norm, where)
+                if not skip: state.scaler.step(optimizer)
+                state.scaler.update()
+                now.watched.append({"loss": metrics.pop("loss"), "grad_norm": norm, **metrics,
+                                    "skipped": skip})
+                on_batch()
 
         state.skipped.check_epoch(now.watched, epoch + 1)
         row = {"epoch": epoch + 1, "reward_mean": rewards.mean().item(),

@@ -146,6 +146,7 @@ def test_a_run_goes_on_after_any_batch():
             assert torch.equal(trained_weights_of(resumed), trained_weights_of(whole)), kind
             for ours, theirs in zip(again.history, state.history, strict=True):
                 assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+# pytest calls this test, the notebook does not: it takes ten seconds and more
 
 
 def test_random_states():
@@ -220,6 +221,7 @@ def test_a_run_may_grow_and_change_in_no_other_way():
         assert {path.name for path in short.iterdir()} == {path.name for path in whole.iterdir()}
         kept, = checkpoints_in(short / "checkpoints")
         assert kept.name == "00004"
+# pytest calls this test, the notebook does not: it takes ten seconds and more
 
 
 def test_what_people_do_to_a_run():

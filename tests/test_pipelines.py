@@ -127,3 +127,4 @@ def test_unreachable_hub_says_what_was_asked_for():
         assert run.returncode == 1
         assert f"ValueError: the pipeline {name!r} could not be loaded" in run.stderr
         assert hint in run.stderr
+# pytest calls this test, the notebook does not: it takes ten seconds and more

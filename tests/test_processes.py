@@ -97,6 +97,7 @@ def test_a_process_that_dies_ends_the_run():
         grown = launch(1, "-m", "ddpo_scratch", "--resume", str(run), "--num_epochs", "3",
                        cwd=folder)
         assert grown.returncode == 0 and "epoch   3" in grown.stdout, grown.stderr
+# pytest calls this test, the notebook does not: it takes ten seconds and more
 
 
 def test_alone():
