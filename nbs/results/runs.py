@@ -1,7 +1,7 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
-All but the last train; beside this file they leave a table, a line for each look at fresh pictures
-on the way, and for chapter 9 a strip of pictures for each run. `right` looks at what
+Three of them train; beside this file they leave a table, a line for each look at fresh pictures on
+the way, and for chapter 9 a strip of pictures for each run. `right` and `samplers` look at what
 `ddpo_train --seed N --name seedN` has left in runs/seed0, runs/seed1 and runs/seed2, whose
 metrics.csv are seed0.csv, seed1.csv and seed2.csv here. The committed pictures were reduced to 256
 colours afterwards.
@@ -9,6 +9,9 @@ colours afterwards.
 import argparse
 import time
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from ddpo_scratch.cli import csv_text, png_bytes, progress_strip, write_file
 from ddpo_scratch.pipelines import load_pipeline
@@ -21,11 +24,13 @@ from ddpo_scratch.rewards import (
     share_right,
 )
 from ddpo_scratch.training import (
+    EVALUATION,
     evaluate,
     fresh_prompts,
     make_config,
     make_prompt_fn,
     no_reward,
+    noise_sources,
     train,
 )
 
@@ -143,7 +148,38 @@ def right():
     return rows
 
 
-TABLES = {function.__name__: function for function in (groups, reinforce, gamed, right)}
+SAMPLERS = {  # steps, eta, guidance
+    "as it was trained": (8, 1.0, 1.0),
+    "with guidance": (8, 1.0, 3.0),
+    "without noise": (8, 0.0, 1.0),
+    "in 50 steps": (50, 1.0, 1.0),
+    "in 50 steps, without noise": (50, 0.0, 1.0),
+    "pipe(prompt)": (50, 0.0, 7.5),
+}
+
+
+def samplers():
+    "The trained model under samplers that it was not trained with; chapter 7."
+    rows = []
+    for seed in (0, 2):
+        config = make_config("emoji", seed=seed, num_eval_samples=256)
+        prompts = fresh_prompts(config, make_prompt_fn(config.prompts))
+        for model, source in (("untrained", "emoji"), ("trained", f"runs/seed{seed}/pipeline")):
+            pipe = load_pipeline(source, "cpu")
+            pipe.set_progress_bar_config(disable=True)
+            for name, (steps, eta, guidance) in SAMPLERS.items():
+                images = [np.asarray(image) for batch in torch.arange(len(prompts)).split(32)
+                          for image in pipe(
+                              [prompts[i] for i in batch], num_inference_steps=steps, eta=eta,
+                              guidance_scale=guidance, height=64, width=64, generator=noise_sources(
+                                  seed, EVALUATION, batch.tolist())).images]
+                rows.append({"seed": seed, "model": model, "sampler": name, "right": round(
+                    share_right(np.stack(images), prompts, judge), 4)})
+                print(rows[-1], flush=True)
+    return rows
+
+
+TABLES = {function.__name__: function for function in (groups, reinforce, gamed, right, samplers)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
