@@ -153,7 +153,7 @@ SAMPLERS = {  # steps, eta, guidance
     "with guidance": (8, 1.0, 3.0),
     "without noise": (8, 0.0, 1.0),
     "in 50 steps": (50, 1.0, 1.0),
-    "in 50 steps, without noise": (50, 0.0, 1.0),
+    "in 50 steps without noise": (50, 0.0, 1.0),
     "pipe(prompt)": (50, 0.0, 7.5),
 }
 
