@@ -214,7 +214,7 @@ def test_a_run_may_grow_and_change_in_no_other_way():
             parse([*flags, "--preset", "blog"])
         with pytest.raises(ValueError, match="none.config.yaml' cannot be read"):
             parse(["--resume", f"{runs}/none"])
-        config, name, folder, _ = parse([*flags, "--num_epochs", "4"])
+        config, name, folder, *_ = parse([*flags, "--num_epochs", "4"])
         assert (config.num_epochs, name, folder) == (4, None, short)
         assert torch.equal(run(short, True, num_epochs=4), run(whole, num_epochs=4))
         assert numbers(short) == numbers(whole)
