@@ -3,6 +3,7 @@ from .pipelines import *
 from .prompts import *
 from .sampling import *
 from .rewards import *
+from .scorers import *
 from .stat_tracker import *
 from .loss import *
 from .lora import *

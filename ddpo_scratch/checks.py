@@ -10,7 +10,9 @@ import importlib.util
 import inspect
 import math
 import numbers
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -181,10 +183,9 @@ def check_reward_fn(
     try:
         signature.bind(None, None)
     except TypeError:
-        name = getattr(reward_fn, "__name__", type(reward_fn).__name__)
         raise TypeError("a reward is called as reward_fn(images, prompts) and returns one number a "
-                        f"picture; this one is {name}{signature}. Wrap it in a function of these "
-                        "two.") from None
+                        f"picture; this one is {reward_name(reward_fn)}{signature}. Wrap it in a "
+                        "function of these two.") from None
 
 # %% ../nbs/90_checks.ipynb 14
 def to_array(
@@ -197,14 +198,51 @@ def to_array(
     return np.asarray(values)
 
 # %% ../nbs/90_checks.ipynb 15
+def reward_name(
+    reward_fn: Callable,
+) -> str:
+    "What a reward is called in errors."
+    while isinstance(reward_fn, partial): reward_fn = reward_fn.func
+    return getattr(reward_fn, "__name__", type(reward_fn).__name__)
+
+
+def check_images(
+    images,                  # what a reward was given
+    prompts: Sequence[str],  # with them
+    reward: str,             # its name
+) -> None:
+    "`TypeError` or `ValueError` where these are not pictures, in one of two forms, with prompts."
+    tensor = isinstance(images, torch.Tensor)
+    dtype = getattr(images, "dtype", None)
+    if not (dtype.is_floating_point if tensor else
+            isinstance(images, np.ndarray) and dtype == np.uint8):
+        found = type(images).__name__ + (f" of {dtype}" if dtype else "")
+        raise TypeError(f"{reward}: pictures must be a uint8 array [B, H, W, 3] or a float tensor "
+                        f"[B, 3, H, W] from 0 to 1, not a {found}.")
+    if images.ndim != 4 or images.shape[1 if tensor else 3] != 3:
+        wanted = "float tensor [B, 3, H, W]" if tensor else "uint8 array [B, H, W, 3]"
+        raise ValueError(f"{reward}: pictures must be a {wanted}, not of shape "
+                         f"{list(images.shape)}.")
+    if len(images) != len(prompts) or isinstance(prompts, str):
+        raise ValueError(f"{reward}: {len(images)} pictures and {len(prompts)} prompts; each "
+                         "picture needs one.")
+    if tensor:
+        low, high = images.flatten(1).aminmax(dim=1)
+        for index in (~((low >= 0) & (high <= 1))).nonzero().flatten().tolist()[:1]:  # NaN, too
+            raise ValueError(f"{reward}: the values of picture {index}, prompt {prompts[index]!r}, "
+                             f"go from {low[index]:.3g} to {high[index]:.3g}. A float tensor's "
+                             "must lie between 0 and 1.")
+
+# %% ../nbs/90_checks.ipynb 16
 def check_rewards(
     rewards,                # what a reward function returned: tensor, array or sequence of numbers
     prompts: Sequence[str], # the B prompts that it judged
+    name: str = "a reward", # its name
 ) -> torch.Tensor:          # float64, [B], on the CPU
     "`TypeError` for no numbers, `ValueError` for wrong shape, NaN or infinity (naming the prompt)."
     if isinstance(rewards, tuple) and any(isinstance(part, (dict, type(None))) for part in rewards):
         kinds = ", ".join(type(part).__name__ for part in rewards)
-        raise TypeError(f"a reward function must return {len(prompts)} numbers and nothing beside "
+        raise TypeError(f"{name} must return {len(prompts)} numbers and nothing beside "
                         f"them; it returned a tuple ({kinds}). Return the first of these.")
     kind = type(rewards).__name__
     try:
@@ -212,21 +250,21 @@ def check_rewards(
         if rewards.dtype.kind not in "buif":
             raise TypeError(f"the entries are of type {rewards.dtype}")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"a reward function must return {len(prompts)} numbers (tensor, array or "
+        raise TypeError(f"{name} must return {len(prompts)} numbers (tensor, array or "
                         f"list); it returned a {kind} ({error}).") from error
     if rewards.shape == (len(prompts), 1):
         rewards = rewards[:, 0]
     if rewards.shape != (len(prompts),):
-        raise ValueError("a reward function must return one number a prompt, "
+        raise ValueError(f"{name} must return one number a prompt, "
                          f"shape [{len(prompts)}]; it returned shape {list(rewards.shape)}.")
     rewards = torch.from_numpy(rewards.astype(np.float64))
     for index, reward in enumerate(rewards.tolist()):
         if not math.isfinite(reward):
-            raise ValueError(f"the reward of picture {index}, prompt {prompts[index]!r}, "
+            raise ValueError(f"{name}: the reward of picture {index}, prompt {prompts[index]!r}, "
                              f"is {reward}. Rewards must be finite.")
     return rewards
 
-# %% ../nbs/90_checks.ipynb 16
+# %% ../nbs/90_checks.ipynb 17
 def check_weight(
     name: str,  # of a reward in a sum
     weight: float,
@@ -238,7 +276,7 @@ def check_weight(
         raise ValueError(f"the weight of {name} must not be 0, and lie between -1e9 and 1e9; it is "
                          f"{weight!r}.")
 
-# %% ../nbs/90_checks.ipynb 18
+# %% ../nbs/90_checks.ipynb 19
 COUNTS = ("num_samples_per_epoch", "samples_per_prompt", "num_epochs", "num_inner_epochs",
           "num_timesteps", "batch_size", "sample_batch_size", "num_eval_samples", "img_size",
           "buffer_size", "min_count", "gradient_accumulation", "save_every", "keep")
@@ -252,7 +290,7 @@ def check_field(
     "`ValueError` for a number out of range, `TypeError` for something else than is wanted."
     def number(kind, low, high=1e9):
         return isinstance(value, kind) and not isinstance(value, bool) and low <= value < high
-    if value is None and name in ("buffer_size", "min_count", "device"):
+    if value is None and name in ("buffer_size", "min_count", "device", "eval_rewards"):
         return
     if name in COUNTS and not number(numbers.Integral, 1):
         raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
@@ -268,6 +306,9 @@ def check_field(
         raise ValueError(f"{name} must be a number of at least 0, not {value!r}.")
     if name == "log_with" and value not in (None, "tensorboard", "wandb"):
         raise ValueError(f"log_with must be 'tensorboard', 'wandb' or None, not {value!r}.")
+    if name == "push_to_hub" and value is not None and not (
+            isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value)):
+        raise ValueError(f"push_to_hub must be a name on the hub, owner/name, not {value!r}.")
     if name == "precision" and value not in list(DTYPES):
         raise ValueError(f"precision must be {' or '.join(map(repr, DTYPES))}, not {value!r}.")
     if name == "lora_rank" and not number(numbers.Integral, 0):
@@ -279,7 +320,8 @@ def check_field(
         raise ValueError(f"lora_targets must be at least one name of a module, not {value!r}.")
     if name == "seed" and not number(numbers.Integral, 0, 2**31):
         raise ValueError(f"seed must be a whole number from 0 to 2147483647, not {value!r}.")
-    if name in ("pipeline", "prompts", "reward", "device") and not isinstance(value, str):
+    strings = ("pipeline", "prompts", "reward", "eval_rewards", "device")
+    if name in strings and not isinstance(value, str):
         raise TypeError(f"{name} is a name, a string, not a {type(value).__name__}.")
     switches = ("gradient_checkpointing", "anneal_lr", "use_8bit_adam", "offload")
     if name in switches and not isinstance(value, bool):
@@ -295,7 +337,7 @@ def check_installed(
         raise ValueError(f"{setting} needs the package {package}, which is not installed: "
                          f"pip install 'ddpo_scratch[{package}]' brings it.")
 
-# %% ../nbs/90_checks.ipynb 19
+# %% ../nbs/90_checks.ipynb 20
 class Skipped:
     "Counts updates that are left out because they are not finite; `most` in a row are an error."
     most = 10  # in a row; in fp16 the scaler needs some to find its scale

@@ -19,13 +19,14 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, field, fields, make_dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, NamedTuple, get_args
 
 import numpy as np
@@ -51,21 +52,25 @@ from ddpo_scratch.checkpoints import (
     stop_after_a_batch,
     write_file,
 )
-from .checks import check_reward_fn, check_rewards
+from .checks import check_field, check_reward_fn, check_rewards
 from .lora import adapters_of
 from .pipelines import load_pipeline, pipeline_source
 from .plan import make_plan, plan_text
-from .precision import in_precision
+from .precision import in_its_own_type, in_precision
 from .processes import from_the_first, gathered, processes, say
-from .prompts import PromptFile, emoji_animals, emoji_prompts
+from .prompts import PromptFile
 from ddpo_scratch.rewards import (
     REWARDS,
+    Scorer,
     WeightedSum,
+    absolute_name,
     animal_in,
-    load_judge,
+    find_reward,
+    make_eval_rewards,
     make_reward,
+    parts_of,
     reward_weights,
-    share_right,
+    split_weight,
 )
 from .sampling import decoding_fn
 from ddpo_scratch.training import (
@@ -74,6 +79,7 @@ from ddpo_scratch.training import (
     PROMPTS,
     DDPOConfig,
     TrainingState,
+    all_scores,
     check_run,
     evaluate,
     fresh_prompts,
@@ -81,6 +87,7 @@ from ddpo_scratch.training import (
     make_prompt_fn,
     no_reward,
     noise_sources,
+    plain_value,
     sampling_batches,
     train,
     verdict,
@@ -113,15 +120,21 @@ def reward_curve(
     history: list[dict],  # rows of `train`
     reward: str,          # the reward's name, for the axis
 ) -> Figure:
-    "Mean reward an epoch, with the spread between pictures as a band."
-    keys = ("epoch", "reward_mean", "reward_std")
-    epochs, mean, std = (np.array([row[key] for row in history]) for key in keys)
-    figure = Figure(figsize=(5.5, 3))
-    ax = figure.subplots()
-    ax.fill_between(epochs, mean - std, mean + std, alpha=0.2, lw=0)
-    ax.plot(epochs, mean, marker="o", ms=3)
-    ax.set(xlabel="epoch", ylabel=reward)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    "Mean reward an epoch, with the spread between pictures as a band; below, what else was scored."
+    columns = {key: np.array([row[key] for row in history]) for key in history[0]}
+    epochs, mean, std = (columns.pop(key) for key in ("epoch", "reward_mean", "reward_std"))
+    others = [key for key in columns if key.startswith(("reward_", "eval_"))]
+    figure = Figure(figsize=(5.5, 3 + 1.3 * len(others)), layout="constrained")
+    top, *below = figure.subplots(
+        1 + len(others), sharex=True, squeeze=False, height_ratios=[2, *[1] * len(others)]).flat
+    top.fill_between(epochs, mean - std, mean + std, alpha=0.2, lw=0)
+    top.plot(epochs, mean, marker="o", ms=3)
+    top.set_ylabel(reward, fontsize=8)
+    for ax, name in zip(below, others):
+        ax.plot(epochs, columns[name], marker="o", ms=3)
+        ax.set_ylabel(name.replace("_", " ", 1), fontsize=8)
+    figure.axes[-1].set_xlabel("epoch")
+    figure.axes[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -227,6 +240,7 @@ def what_ran(
     pipe: StableDiffusionPipeline,
     prompt_fn: Callable,
     reward_fn: Callable,
+    eval_rewards: Mapping[str, Callable] = {},
 ) -> DDPOConfig:
     "The configuration with the names of what was really passed, such as `__main__:redness`."
     def called(thing):
@@ -237,8 +251,14 @@ def what_ran(
         if isinstance(reward_fn, WeightedSum):
             return ",".join(f"{named(reward_fn.rewards[part])}:{str(weight).removesuffix('.0')}"
                             for part, weight in reward_fn.weights.items())
-        return next((name for name, cls in REWARDS.items() if type(reward_fn) is cls),
-                    called(reward_fn))
+        for name, place in REWARDS.items():
+            if place == f"{type(reward_fn).__module__}:{type(reward_fn).__qualname__}": return name
+        for name in asked:
+            with suppress(ValueError):
+                if find_reward(name) in (reward_fn, type(reward_fn)): return absolute_name(name)
+        return called(reward_fn)
+    asked = [split_weight(part)[0] for names in (config.reward, config.eval_rewards) if names
+             for part in names.split(",") if ":" in part]
     source = str(pipe.config.get("_name_or_path") or called(pipe))
     if Path(source).is_dir(): source = str(Path(source).absolute())
     return replace(
@@ -248,6 +268,7 @@ def what_ran(
                      str(prompt_fn.path.absolute()) if isinstance(prompt_fn, PromptFile) else
                      called(prompt_fn)),
         reward=named(reward_fn),
+        eval_rewards=",".join(map(named, eval_rewards.values())) or None,
         device=config.device or pipe.device.type)
 
 # %% ../nbs/08_cli.ipynb 12
@@ -271,6 +292,11 @@ def read_config(
         if isinstance(value, str) and float in (types[name], *get_args(types[name])):
             # to YAML, 1e-4 is no number
             with suppress(ValueError): values[name] = float(value)
+        values[name] = plain_value(name, values[name])
+        try:
+            check_field(name, values[name])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{str(path)!r}: {error}") from error
     return values
 
 
@@ -295,11 +321,11 @@ def check_unchanged(
     begun: DDPOConfig,  # what the run began with
     folder: Path,       # of the run
 ) -> None:
-    "`ValueError` with all differences; `num_epochs` may have grown."
+    "`ValueError` with all differences; `num_epochs` may have grown, the result go elsewhere."
     changed = [
         f"{name} was {old!r} and is {new!r}"
         for (name, old), new in zip(asdict(begun).items(), asdict(config).values())
-        if (new < old if name == "num_epochs" else new != old)]
+        if (new < old if name == "num_epochs" else new != old) and name != "push_to_hub"]
     if changed:
         raise ValueError(f"a run goes on with the settings that it began with, and in {folder} "
                          f"{'; '.join(changed)}. Only num_epochs may change, and grow.")
@@ -319,8 +345,12 @@ def check_base(
     folder: Path,  # of the run that goes on
 ) -> None:
     "`ValueError` where the UNet is not the one that the run began with."
-    begun = yaml.safe_load((folder / "versions.yaml").read_text(encoding="utf-8"))
-    if begun["untrained_unet"] != base:
+    try:
+        begun = yaml.safe_load((folder / "versions.yaml").read_text("utf-8"))["untrained_unet"]
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder / 'versions.yaml'} is damaged: it does not say which UNet the "
+                         "run began with (untrained_unet).") from error
+    if begun != base:
         raise ValueError(f"the run in {folder} began with another UNet than the pipeline has now. "
                          "Perhaps it has been trained since: load it again.")
 
@@ -439,17 +469,6 @@ class Progress:
         if epoch in self.shown:
             self.look(f"epoch {epoch}")
 
-
-def judged(
-    images: np.ndarray,
-    prompts: list[str],
-) -> str:                # such as "35%"; "" where the judge cannot say
-    "Share of right animals: of pictures of the embedded model's size, if every prompt names one."
-    known = set(emoji_prompts()) | set(emoji_animals())
-    if images.shape[1:3] != (64, 64) or not known.issuperset(prompts):
-        return ""
-    return f"{share_right(images, prompts, load_judge()):.0%}"
-
 # %% ../nbs/08_cli.ipynb 17
 def plain_reward(
     config: DDPOConfig,
@@ -459,14 +478,13 @@ def plain_reward(
 ) -> float:               # mean
     "The reward of what `pipe(prompt)` draws by itself, each prompt always from the same noise."
     rewards, bar = [], getattr(pipe, "_progress_bar_config", {})
-    mixed = pipe.unet.dtype != pipe.text_encoder.dtype
+    at_a_time = config.sample_batch_size if config.cfg > 1 else -(-config.sample_batch_size // 2)
     pipe.set_progress_bar_config(disable=True)
-    for batch in sampling_batches(len(prompts[:64]), config.sample_batch_size):
+    for batch in sampling_batches(len(prompts[:64]), at_a_time):  # guidance doubles its rows
         if len(batch) == 0: continue
         asked = [prompts[i] for i in batch]
         noise = noise_sources(config.seed, EVALUATION, batch.tolist())
-        with (in_precision(config.precision, pipe.unet),
-              torch.autocast(pipe.device.type, pipe.unet.dtype, mixed)):
+        with in_precision(config.precision, pipe.unet), in_its_own_type(pipe.unet):
             drawn = pipe(asked, config.img_size, config.img_size, generator=noise,
                          output_type="latent").images
         images = decoding_fn(drawn, pipe)
@@ -480,13 +498,14 @@ def first_look(
     pipe: StableDiffusionPipeline,
     prompt_fn: Callable[[], str],
     reward_fn: Callable,
+    eval_rewards: Mapping[str, Callable],
     folder: Path,    # gets before.png
 ) -> dict:           # what a run has to remember, plain values
     "The untrained model, judged."
     prompts = fresh_prompts(config, prompt_fn)
-    images, before = evaluate(config, pipe, prompts, reward_fn)
-    save_pictures(folder / "before.png", prompts, images, before)
-    return {"prompts": prompts, "before": before, "right": judged(images, prompts), "looks": {},
+    images, before = all_scores(config, pipe, prompts, reward_fn, eval_rewards)
+    save_pictures(folder / "before.png", prompts, images, before["reward"])
+    return {"prompts": prompts, "before": before, "looks": {},
             "plain": plain_reward(config, pipe, prompts, reward_fn),
             "units": reward_fn.units if isinstance(reward_fn, WeightedSum) else {},
             "config": asdict(config), "id": secrets.token_hex(4)}
@@ -496,24 +515,28 @@ def last_look(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,
     reward_fn: Callable,
+    eval_rewards: Mapping[str, Callable],
     folder: Path,    # gets after.png and evaluation.csv
     run: dict,       # of `first_look`
 ) -> str:            # the verdict
     "The trained model, judged on the same prompts and noise; prints the verdict."
     prompts, before = run["prompts"], run["before"]
-    images, after = evaluate(config, pipe, prompts, reward_fn)
-    lines = [verdict(before, after)]
-    if run["right"]:
-        lines.append(f"right animals, says the judge: {run['right']} before, "
-                     f"{judged(images, prompts)} after")
+    images, after = all_scores(config, pipe, prompts, reward_fn, eval_rewards)
+    lines = [verdict(before["reward"], after["reward"])]
+    lines += [f"{name.removeprefix('eval_')}"
+              f"{', which was not trained on' if name.startswith('eval_') else ''}: "
+              f"{before[name].mean():.4f} before, {after[name].mean():.4f} after"
+              for name in before if name != "reward"]
     plain = plain_reward(config, pipe, prompts, reward_fn)
-    lines.append("drawn by pipe(prompt) alone, 50 steps without noise, guidance 7.5: "
-                 f"reward {run['plain']:.4f} before, {plain:.4f} after")
+    lines.append(f"the first {len(prompts[:64])} drawn by pipe(prompt) alone, 50 steps without "
+                 f"noise, guidance 7.5: reward {run['plain']:.4f} before, {plain:.4f} after")
     for line in lines: say(line)
-    save_pictures(folder / "after.png", prompts, images, after)
+    save_pictures(folder / "after.png", prompts, images, after["reward"])
+    columns = {f"{name}_{when}".removeprefix("reward_"): scores[name].tolist() for name in before
+               for when, scores in (("before", before), ("after", after))}
     write_file(folder / "evaluation.csv", csv_text([
-        {"prompt": prompt, "before": old, "after": new}
-        for prompt, old, new in zip(prompts, before.tolist(), after.tolist())]))
+        {"prompt": prompt, **dict(zip(columns, row))}
+        for prompt, *row in zip(prompts, *columns.values())]))
     return "\n".join(lines)
 
 # %% ../nbs/08_cli.ipynb 18
@@ -531,12 +554,12 @@ Trained with DDPO (Black et al. 2023, arXiv:2305.13301) by `ddpo_scratch`, on pr
 ![mean reward over the epochs](reward_curve.png)
 
 It was trained to draw in {num_timesteps} steps with noise (DDIM, eta {eta:g}), guidance {cfg:g},
-{img_size} pixels. Unless another sampler is named, the numbers above hold for this one:
+{img_size} pixels, in {precision}. Unless another sampler is named, the numbers above hold for this:
 
 ```python
 {opening}
 pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-picture = pipe("{example}", num_inference_steps={num_timesteps}, eta={eta}, guidance_scale={cfg},
+picture = pipe({example!r}, num_inference_steps={num_timesteps}, eta={eta}, guidance_scale={cfg},
                height={img_size}, width={img_size}).images[0]
 ```
 
@@ -554,8 +577,14 @@ def model_card(
     lora: bool,          # whether an adapter was trained
 ) -> str:
     "What was trained and how, and the code that opens it and draws with its own sampler."
+    def short(name): return Path(name).name if Path(name).is_absolute() else name
+    def shorts(names): return names and ",".join(map(short, names.split(",")))
     here, is_hub = "path/to/this/folder", re.fullmatch(r"[\w.-]+/[\w.-]+", config.pipeline)
-    load = f'StableDiffusionPipeline.from_pretrained("{config.pipeline if lora else here}")'
+    base = f"path/to/{short(config.pipeline)}" if Path(config.pipeline).is_absolute() else (
+        config.pipeline)
+    config = replace(config, pipeline=short(config.pipeline), prompts=short(config.prompts),
+                     reward=shorts(config.reward), eval_rewards=shorts(config.eval_rewards))
+    load = f'StableDiffusionPipeline.from_pretrained("{base if lora else here}")'
     lines = ["from diffusers import DDIMScheduler, StableDiffusionPipeline", "", f"pipe = {load}"]
     if lora: lines.append(f'pipe.load_lora_weights("{here}")')
     if lora and config.pipeline == "emoji":
@@ -563,8 +592,9 @@ def model_card(
                      "from diffusers import DDIMScheduler", "", 'pipe = load_pipeline("emoji")']
     return CARD.format(
         **asdict(config), base=f"base_model: {config.pipeline}\n" if is_hub else "",
-        lora=", lora" if lora else "", verdict=verdict, opening="\n".join(lines),
-        example=run["prompts"][0].replace('"', "'"), settings=as_yaml(asdict(config)))
+        lora=", lora" if lora else "", opening="\n".join(lines), example=run["prompts"][0],
+        verdict="\n".join(f"- {line}" for line in verdict.splitlines()),
+        settings=as_yaml(asdict(config)))
 
 # %% ../nbs/08_cli.ipynb 20
 class Log:
@@ -605,14 +635,18 @@ def run_training(
     reward_fn: Callable,               # (images, prompts) → one number each
     folder: str | Path,                # new or empty, and is made; or, to resume, the run's
     resume: bool = False,              # whether to go on from the newest checkpoint there
+    eval_rewards: Mapping[str, Callable] | None = None,  # None: those that `config` names
 ) -> None:
     """Evaluate, train, evaluate again; leave everything in `folder`.
 
     On Ctrl-C or SIGTERM, a checkpoint after the batch under way, and `Stopped`, which is a
     `KeyboardInterrupt`."""
     check_run(config, pipe)
-    check_reward_fn(reward_fn)
-    folder, config = Path(folder), what_ran(config, pipe, prompt_fn, reward_fn)
+    if eval_rewards is None: eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
+    for fn in (reward_fn, *eval_rewards.values()): check_reward_fn(fn)
+    if config.push_to_hub: from_the_first(lambda: make_repo(config.push_to_hub))
+    folder = Path(folder)
+    config = what_ran(config, pipe, prompt_fn, reward_fn, eval_rewards)
     checkpoint = None
     if resume:
         check_resumable(config, folder)
@@ -622,7 +656,8 @@ def run_training(
         if (folder / "versions.yaml").exists(): check_base(base, folder)
         else: write_file(folder / "versions.yaml", as_yaml(versions() | {"untrained_unet": base}))
         write_file(folder / "config.yaml", as_yaml(asdict(config)))
-        run = None if checkpoint else first_look(config, pipe, prompt_fn, reward_fn, folder)
+        run = None if checkpoint else first_look(
+            config, pipe, prompt_fn, reward_fn, eval_rewards, folder)
         state = TrainingState(config, pipe)
         if checkpoint:
             run = load_checkpoint(checkpoint, pipe, state)
@@ -644,22 +679,26 @@ def run_training(
         log = Log(config, folder, run["id"])
         with closing(log), stop_after_a_batch() as on_batch:
             try:
-                train(config, pipe, prompt_fn, reward_fn, on_epoch, on_batch, state)
+                train(config, pipe, prompt_fn, reward_fn, on_epoch, on_batch, state, eval_rewards)
                 on_batch()
             except Stopped:
                 save()
                 raise
-        line = last_look(config, pipe, reward_fn, folder, run)
+        line = last_look(config, pipe, reward_fn, eval_rewards, folder, run)
         card = model_card(config, run, line, bool(adapters_of(pipe.unet)))
         curve = png_bytes(reward_curve(state.history, config.reward))
         save_trained(pipe, folder, {"README.md": card.encode(), "reward_curve.png": curve})
         remove_old(folder / "checkpoints", 1)
     if not adapters_of(pipe.unet):
         pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # what it is now
+    say(f"curve, pictures and what was trained are in {folder}")
+    if config.push_to_hub:
+        say(f"uploaded: {from_the_first(lambda: upload(folder, config.push_to_hub))}")
 
 # %% ../nbs/08_cli.ipynb 23
 GROUPS = {
-    "what": ("what to train on", ("pipeline", "prompts", "reward", "img_size", "seed")),
+    "what": ("what to train on", (
+        "pipeline", "prompts", "reward", "eval_rewards", "img_size", "seed")),
     "how_much": ("how much work it is", (
         "num_epochs", "num_samples_per_epoch", "samples_per_prompt", "num_inner_epochs",
         "num_timesteps", "timestep_fraction", "num_eval_samples")),
@@ -670,7 +709,7 @@ GROUPS = {
         "cfg", "eta", "clip_ratio", "clip_advantages", "kl_coef", "buffer_size", "min_count")),
     "machine": ("speed and memory; what is learnt changes by rounding only", (
         "sample_batch_size", "gradient_accumulation", "precision", "gradient_checkpointing",
-        "use_8bit_adam", "offload", "device", "save_every", "keep", "log_with")),
+        "use_8bit_adam", "offload", "device", "save_every", "keep", "log_with", "push_to_hub")),
 }
 
 DESCRIPTION = """Train a text-to-image model on a reward with DDPO.
@@ -683,7 +722,7 @@ fast (a third of it if the reward jumps up and down, three times as much if it d
 
 
 def flags_type(
-    defaults: DDPOConfig,
+    defaults: SimpleNamespace,  # the fields of `DDPOConfig`
 ) -> type:  # a dataclass for tyro: preset, name, and a dataclass for each of `GROUPS`
     "The fields of `DDPOConfig` in groups; the comment beside each is its help."
     meanings = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(DDPOConfig), re.M))
@@ -704,8 +743,6 @@ def flags_type(
         flag("plan", bool, "only say what memory, operations and time it takes (computed)", False),
         flag("name", str | None, "of the folder in runs/; None: pipeline, reward, a number", None),
         flag("resume", str | None, "the folder of a run that goes on, such as runs/mine", None),
-        flag("push_to_hub", str | None,
-             "the result goes there, too: owner/name; a new one is private", None),
         *groups])
 
 # %% ../nbs/08_cli.ipynb 24
@@ -715,7 +752,6 @@ class Command(NamedTuple):
     name: str | None = None         # of the run's folder
     resume: Path | None = None      # the folder of a run that goes on
     only_plan: bool = False
-    push_to_hub: str | None = None  # owner/name
 
 
 def parse(
@@ -738,14 +774,17 @@ def parse(
     if not resume:
         changes.update({count: int(value) for count, value in given.items()
                         if value and value.isdecimal()})
+    counts = {"buffer_size", "min_count", "samples_per_prompt", "num_samples_per_epoch"}
+    defaults = asdict(make_config(
+        preset or "emoji", **{name: changes[name] for name in counts & changes.keys()}))
     flags = tyro.cli(
-        flags_type(make_config(preset or "emoji", **changes)), prog="ddpo_train",
+        flags_type(SimpleNamespace(**defaults | changes)), prog="ddpo_train",
         description=DESCRIPTION, args=argv, use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,))
     values = {key: value for group in GROUPS for key, value in vars(getattr(flags, group)).items()}
     config = DDPOConfig(**values)
-    if resume: check_resumable(config, Path(resume))
-    return Command(config, name, Path(resume) if resume else None, flags.plan, flags.push_to_hub)
+    if resume and not flags.plan: check_resumable(config, Path(resume))
+    return Command(config, name, Path(resume) if resume else None, flags.plan)
 
 # %% ../nbs/08_cli.ipynb 26
 @contextmanager
@@ -763,9 +802,10 @@ def hub_errors(
 def make_repo(
     repo: str,  # owner/name
 ) -> None:
-    "Make a private repository, unless it is there; the first time, too, that the hub is asked."
-    with hub_errors(f"{repo!r} cannot be had on the hub, where --push_to_hub is to put the result"):
+    "Make a private repository, or find one that may be written to."
+    with hub_errors(f"{repo!r} cannot be written to on the hub (`hf auth login` logs in)"):
         HfApi().create_repo(repo, private=True, exist_ok=True)
+        HfApi().auth_check(repo, write=True)
 
 
 def upload(
@@ -784,38 +824,45 @@ def check_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],
 ) -> None:
-    "`ValueError` where the reward asks for an animal and a prompt names none, before any work."
-    if "animal" in reward_weights(config.reward):
+    "`ValueError` where a reward asks for an animal and a prompt names none, before any work."
+    asked = {flag: {"animal", "right_animal"} & (reward_weights(names) if names else {}).keys()
+             for flag, names in (("reward", config.reward), ("eval_rewards", config.eval_rewards))}
+    if any(asked.values()):
+        flags = " and ".join(f"--{flag}" for flag, names in asked.items() if names)
         prompts = prompt_fn.prompts if isinstance(prompt_fn, PromptFile) else {
             prompt_fn() for _ in range(1000)}
         for prompt in prompts:
             try:
                 animal_in(prompt)
             except ValueError as error:
-                raise ValueError(f"{error} Give other --prompts, or another --reward.") from error
+                raise ValueError(f"{error} Give other --prompts, or another {flags} "
+                                 "(--eval_rewards None watches none).") from error
 
 
 def prepare(
     argv: list[str],  # the command's arguments
     runs: Path,       # the folder of all runs
-) -> tuple[tuple, str | None]:  # the arguments of `run_training`; where the result is to go
+) -> tuple:           # the arguments of `run_training`
     "Everything that can be refused, cheap things first; the folder is made last."
-    config, name, resume, only_plan, repo = parse(argv)
-    if only_plan:
-        say(plan_text(config, make_plan(config)))
-        sys.exit()
+    config, name, resume, only_plan = parse(argv)
     if processes().num_processes > 1 and ":" in (config.device or ""):
         raise ValueError(f"device {config.device!r} is one, and each of the "
                          f"{processes().num_processes} processes has its own: give 'cuda' or none.")
     prompt_fn = make_prompt_fn(config.prompts)
     check_prompts(config, prompt_fn)
     from_the_first(lambda: check_run_name(name, runs))
+    if only_plan:
+        say(plan_text(config, make_plan(config)))
+        sys.exit()
     pipe = load_pipeline(config.pipeline, config.device)
     check_run(config, pipe)
     reward_fn = make_reward(config.reward, pipe.device)
-    if repo: from_the_first(lambda: make_repo(repo))
+    eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
+    for part in (*parts_of(reward_fn), *eval_rewards.values()):
+        if isinstance(part, Scorer): part.ready()
+    if config.push_to_hub: from_the_first(lambda: make_repo(config.push_to_hub))
     folder = resume or from_the_first(lambda: run_folder(config, name, runs))
-    return (config, pipe, prompt_fn, reward_fn, folder, resume is not None), repo
+    return config, pipe, prompt_fn, reward_fn, folder, resume is not None, eval_rewards
 
 
 def main() -> None:
@@ -824,15 +871,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, leave)
     folder = None
     try:
-        what, repo = prepare(sys.argv[1:], Path("runs"))
-        config, pipe, _, _, folder, _ = what
+        what = prepare(sys.argv[1:], Path("runs"))
+        config, pipe, _, _, folder, *_ = what
         several = processes().num_processes
         say(f"{config.pipeline} on {f'{several} times ' if several > 1 else ''}{pipe.device.type}, "
             f"reward {config.reward}, {config.num_epochs} epochs of "
             f"{config.num_samples_per_epoch} pictures")
         run_training(*what)
-        say(f"curve, pictures and what was trained are in {folder}")
-        if repo: say(f"uploaded: {from_the_first(lambda: upload(folder, repo))}")
     except KeyboardInterrupt as error:
         stop = error if isinstance(error, Stopped) else Stopped("SIGINT")
         left = kept(folder) if folder else "Nothing was written."

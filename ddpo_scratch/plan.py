@@ -249,7 +249,9 @@ def plan_text(
     plan: Plan,
 ) -> str:
     "The plan, to be read."
-    def gigabytes(size): return f"{size / 1e9:7.2f} GB"
+    def gigabytes(size):
+        return f"{size / 1e9:7.2f} GB" if plan.memory > 1e9 else f"{size / 1e6:7.1f} MB"
+    def tera(count): return f"{count / 1e12:,.3g} · 10¹²"
     name = config.pipeline
     lines = [f"{name}: {plan.trained / 1e6:.1f} million numbers are trained, "
              f"{plan.frozen / 1e6:.1f} million are not", "",
@@ -259,20 +261,21 @@ def plan_text(
              *(f"  {gigabytes(size)}  {phase}" for phase, size in plan.peaks.items()),
              f"  {gigabytes(plan.memory)}  in all, without the reward's own model", "",
              f"in the CPU's memory: {gigabytes(plan.trajectories).strip()} of trajectories", "",
-             f"operations of an epoch: {plan.sampling / 1e15:.2f} · 10¹⁵ for sampling, "
-             f"{plan.training / 1e15:.2f} · 10¹⁵ for training", "",
+             f"operations of an epoch: {tera(plan.sampling)} for sampling, "
+             f"{tera(plan.training)} for training", "",
              f"an epoch, and {config.num_epochs}, at {UTILISATION:.0%} of a card's peak:"]
     for card, (size, _, _) in GPUS.items():
         epoch = plan.seconds(card, config.precision)
         fits = "" if plan.memory / 1e9 + 1.5 < size else "   does not fit"
         lines.append(f"  {card:16} {duration(epoch)}  {duration(epoch * config.num_epochs)}{fits}")
-    return "\n".join([*lines, "", "All this is computed, not measured."])
+    return "\n".join([*lines, "", "All this is computed, not measured. The reward is not counted, "
+                      "nor the looks before and after."])
 
 
 def duration(seconds: float) -> str:
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= size: return f"{seconds / size:6.1f} {unit:3}"
-    return f"{seconds:6.1f} s  "
+    return f"{max(seconds, 0.1):6.1f} s  "
 
 # %% ../nbs/15_plan.ipynb 19
 def full_size(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from accelerate.utils import convert_outputs_to_fp32
+from torch.utils._pytree import tree_map
 
 # %% ../nbs/12_precision.ipynb 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,6 +35,27 @@ def in_precision(
         for unet, forward in changed:
             del unet.forward
             if forward is not None: unet.forward = forward
+
+
+@contextmanager
+def in_its_own_type(
+    unet: torch.nn.Module,
+):
+    "For a while, whoever calls the UNet may bring floats of any type, and gets that type back."
+    def cast(values, dtype):
+        return tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor)
+                        and x.is_floating_point() else x, values)
+    asked = []
+    def before(module, args, kwargs):
+        asked.append(args[0].dtype)
+        return cast(args, module.dtype), cast(kwargs, module.dtype)
+    def after(module, args, output): return cast(output, asked.pop())
+    hooks = (unet.register_forward_pre_hook(before, with_kwargs=True),
+             unet.register_forward_hook(after))
+    try:
+        yield
+    finally:
+        for hook in hooks: hook.remove()
 
 
 def check_precision(
@@ -80,7 +102,7 @@ def averages_bytes(
     in_8bit: bool,
 ) -> int:
     "What AdamW remembers of a weight. Small ones stay in float32, with bitsandbytes, too."
-    if in_8bit and numel >= 4096:
+    if in_8bit and numel >= 4096:  # in blocks of 256
         return 2 * (numel + 4 * -(-numel // 256))
     return 8 * numel
 

@@ -11,8 +11,10 @@ import copy
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
 import fastprogress
@@ -31,6 +33,7 @@ from ddpo_scratch.checks import (
     check_reward_fn,
     check_rewards,
     check_size,
+    reward_name,
 )
 from .lora import LORA_TARGETS, AdapterOff, add_lora, check_lora, trained_weights
 from .loss import compute_loss
@@ -57,7 +60,7 @@ from ddpo_scratch.prompts import (
     emoji_common_animal_prompts,
     imagenet_animal_prompts,
 )
-from .rewards import WeightedSum
+from .rewards import Scorer, WeightedSum, parts_of
 from ddpo_scratch.sampling import (
     ddim_schedule,
     decoding_fn,
@@ -66,13 +69,28 @@ from ddpo_scratch.sampling import (
 from .stat_tracker import PerPromptStatTracker
 
 # %% ../nbs/06_training.ipynb 6
+def plain_value(
+    name: str,  # of a setting
+    value,      # as YAML or NumPy have it
+):
+    "As `DDPOConfig` has it: a sum of rewards in one string, numbers of Python's."
+    if name == "reward" and isinstance(value, dict):
+        return ",".join(f"{reward}:{weight}" for reward, weight in value.items())
+    if name == "eval_rewards" and isinstance(value, list):
+        return ",".join(map(str, value)) or None
+    if name == "lora_targets" and isinstance(value, list):
+        return tuple(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+# %% ../nbs/06_training.ipynb 7
 @dataclass(frozen=True)
 class DDPOConfig:
     "Everything that a run needs to be repeated. The defaults are the blog's."
 
     pipeline: str = "CompVis/stable-diffusion-v1-4"  # "emoji", a local folder, or a hub id
     prompts: str = "imagenet_animal_prompts"  # a known name, or a text file with a prompt a line
-    reward: str = "aesthetic"  # a name, or a weighted sum: aesthetic:1,animal:2
+    reward: str = "aesthetic"  # a name, yours (rewards.py:redness), or a sum: aesthetic:1,animal:2
+    eval_rewards: str | None = None  # others, after commas, that are watched and not trained on
     img_size: int = 512  # height and width of a picture, pixels, a multiple of 8
     seed: int = 0  # of prompts, noise and shuffling
 
@@ -111,16 +129,15 @@ class DDPOConfig:
     save_every: int = 10  # epochs from one checkpoint to the next; there is one at the end, too
     keep: int = 2  # the newest checkpoints that stay while the run goes on
     log_with: str | None = None  # "tensorboard" or "wandb" beside metrics.csv; None: that alone
+    push_to_hub: str | None = None  # the result goes there, too: owner/name; a new one is private
 
     def __post_init__(self):
         if self.buffer_size is None and self.min_count is None:
             object.__setattr__(self, "buffer_size", 32)
-        if isinstance(self.lora_targets, list):
-            object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         for setting in fields(self):
-            if isinstance(getattr(self, setting.name), np.generic):  # a number of NumPy's
-                object.__setattr__(self, setting.name, getattr(self, setting.name).item())
-            check_field(setting.name, getattr(self, setting.name))
+            value = plain_value(setting.name, getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
+            check_field(setting.name, value)
         if not self.lora_rank and (self.lora_alpha, self.lora_targets) != (None, LORA_TARGETS):
             raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank: set "
                              "that, or leave them out.")
@@ -140,7 +157,7 @@ class DDPOConfig:
             raise ValueError(f"samples_per_prompt {self.samples_per_prompt} does not fit into a "
                              f"buffer of {self.buffer_size}: make buffer_size at least as large.")
 
-# %% ../nbs/06_training.ipynb 8
+# %% ../nbs/06_training.ipynb 9
 PROMPTS: dict[str, Callable[[], str]] = {fn.__name__: fn for fn in (
     imagenet_animal_prompts, common_animal_prompts, emoji_animal_prompts,
     emoji_common_animal_prompts)}
@@ -148,7 +165,8 @@ PROMPTS: dict[str, Callable[[], str]] = {fn.__name__: fn for fn in (
 PRESETS: dict[str, DDPOConfig] = {
     "blog": DDPOConfig(),
     "emoji": DDPOConfig(
-        pipeline="emoji", prompts="emoji_common_animal_prompts", reward="animal", img_size=64,
+        pipeline="emoji", prompts="emoji_common_animal_prompts", reward="animal",
+        eval_rewards="right_animal", img_size=64,
         num_epochs=44, samples_per_prompt=16, num_timesteps=8, timestep_fraction=0.75,
         num_eval_samples=512, lr=1.3e-4, batch_size=32, cfg=1.0, clip_ratio=3e-3, buffer_size=32,
         min_count=8, gradient_checkpointing=False),
@@ -179,7 +197,25 @@ def make_config(
         changes.update(dict.fromkeys(counts - changes.keys()))
     return replace(PRESETS[preset], **changes)
 
-# %% ../nbs/06_training.ipynb 10
+# %% ../nbs/06_training.ipynb 11
+def sample_pictures(
+    prompts: list[str],               # B prompts
+    pipe: StableDiffusionPipeline,
+    image_size: int,                  # height and width, pixels
+    cfg: float,                       # guidance scale; at most 1: none
+    num_timesteps: int,               # T
+    decoding_fn: Callable,            # (latents, pipe) → pictures, uint8, [B, H, W, 3]
+    device: str | torch.device,
+    eta: float = 1.0,                 # noise of a step
+    generator: torch.Generator | list[torch.Generator] | None = None,  # as in `sd_sample`
+) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:  # pictures, all_step_preds, log_probs
+    "A batch of pictures and how they came about. Latents that are NaN raise."
+    latents, all_step_preds, log_probs = sd_sample(
+        prompts, pipe, image_size, image_size, cfg, num_timesteps, eta, device, generator)
+    check_finite(all_step_preds, prompts)
+    return decoding_fn(latents, pipe), all_step_preds, log_probs
+
+# %% ../nbs/06_training.ipynb 12
 def sample_and_calculate_rewards(
     prompts: list[str],               # B prompts
     pipe: StableDiffusionPipeline,
@@ -198,14 +234,91 @@ def sample_and_calculate_rewards(
     [T+1, B, C, h, w] and log_probs [T, B]. A reward of the wrong form raises, and so do
     latents that are NaN."""
     check_reward_fn(reward_fn)
-    latents, all_step_preds, log_probs = sd_sample(
-        prompts, pipe, image_size, image_size, cfg, num_timesteps, eta, device, generator)
-    check_finite(all_step_preds, prompts)
-    imgs = decoding_fn(latents, pipe)
-    rewards = check_rewards(reward_fn(imgs, list(prompts)), prompts)
+    imgs, all_step_preds, log_probs = sample_pictures(
+        prompts, pipe, image_size, cfg, num_timesteps, decoding_fn, device, eta, generator)
+    rewards = check_rewards(reward_fn(imgs, list(prompts)), prompts, reward_name(reward_fn))
     return imgs, rewards, all_step_preds, log_probs
 
-# %% ../nbs/06_training.ipynb 12
+# %% ../nbs/06_training.ipynb 14
+def raw_scores(
+    reward_fn: Callable,                 # what is trained on
+    eval_rewards: Mapping[str, Callable],  # what is only watched, by name
+    images: np.ndarray,                  # uint8, [B, H, W, 3]
+    prompts: list[str],
+) -> dict[str, torch.Tensor]:            # float64, [B] each, on the CPU
+    """"reward", or for a `WeightedSum` "reward_…" of each part; and "eval_…"."""
+    if isinstance(reward_fn, WeightedSum):
+        scores = {f"reward_{name}": part for name, part in reward_fn.parts(images, prompts).items()}
+    else:
+        scores = {"reward": check_rewards(
+            reward_fn(images, list(prompts)), prompts, reward_name(reward_fn))}
+    return scores | {f"eval_{name}": check_rewards(fn(images, list(prompts)), prompts, name)
+                     for name, fn in eval_rewards.items()}
+
+
+def with_total(
+    reward_fn: Callable,
+    scores: list[dict[str, torch.Tensor]],  # of `raw_scores`, of all batches
+) -> dict[str, torch.Tensor]:               # of all pictures; "reward" comes first
+    "Batches put together; a sum whose units are not known yet takes them from these pictures."
+    scores = {name: torch.cat([batch[name] for batch in scores]) for name in scores[0]}
+    if isinstance(reward_fn, WeightedSum):
+        parts = {name: scores[f"reward_{name}"] for name in reward_fn.rewards}
+        total = reward_fn.total(parts) if reward_fn.units else reward_fn.settle(parts)
+        scores = {"reward": total} | scores
+    return scores
+
+# %% ../nbs/06_training.ipynb 15
+def has_a_place_of_its_own(
+    reward_fn: Callable,
+    device: torch.device,  # of the UNet
+) -> bool:
+    "Whether it is computed somewhere else than the UNet."
+    places = []
+    for part in parts_of(reward_fn):
+        if isinstance(part, Scorer):
+            places.append(part.device)
+        elif isinstance(part, torch.nn.Module):
+            places += [weight.device for weight in part.parameters()]
+    return not any((place.type, place.index or 0) == (device.type, device.index or 0)
+                   for place in places)
+
+
+class OneBehind:
+    "Scores a batch while the next one is drawn, in a thread; or at once, where `beside` is False."
+
+    def __init__(
+        self,
+        score: Callable,        # (images, prompts) → what is kept of them
+        samples: list,          # gets [score, …] of every batch, in order
+        beside: bool,
+    ):
+        self.score, self.samples, self.waiting = score, samples, None
+        self.pool = ThreadPoolExecutor(1) if beside else None
+
+    def put(self, images: np.ndarray, prompts: list[str], *walk: torch.Tensor) -> None:
+        "The batch before is waited for."
+        self.take()
+        if self.pool:
+            self.waiting = self.pool.submit(self.score, images, prompts), walk
+        else:
+            self.samples.append([self.score(images, prompts), *walk])
+
+    def take(self) -> None:
+        if self.waiting:
+            (future, walk), self.waiting = self.waiting, None
+            self.samples.append([future.result(), *walk])
+
+    def __enter__(self) -> "OneBehind":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            if kind is None or issubclass(kind, KeyboardInterrupt): self.take()
+        finally:
+            if self.pool: self.pool.shutdown(cancel_futures=True)
+
+# %% ../nbs/06_training.ipynb 17
 TRAINING, EVALUATION = 0, 1  # kinds of noise, which never meet
 
 
@@ -218,7 +331,7 @@ def noise_sources(
     states = [np.random.SeedSequence([seed, kind, number]).generate_state(1) for number in numbers]
     return [torch.Generator().manual_seed(int(state[0])) for state in states]
 
-# %% ../nbs/06_training.ipynb 14
+# %% ../nbs/06_training.ipynb 19
 def check_run(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,
@@ -239,7 +352,7 @@ def check_run(
                          "small steps are lost. Call pipe.unet.float() before training, or train "
                          "an adapter over it (lora_rank), whose weights are in float32.")
 
-# %% ../nbs/06_training.ipynb 16
+# %% ../nbs/06_training.ipynb 21
 def equal_batches(
     count: int,                  # N
     batch_size: int,             # at most so many in a batch
@@ -257,7 +370,7 @@ def sampling_batches(
     most = -(-count // processes().num_processes)  # samples of a process
     return my_part(torch.arange(count)).tensor_split(-(-most // batch_size))
 
-# %% ../nbs/06_training.ipynb 18
+# %% ../nbs/06_training.ipynb 23
 class PlainBar:
     "Stands for a bar where there can be none: the same loop, and lines."
     comment = ""
@@ -278,7 +391,7 @@ def progress_bars() -> tuple[Callable, Callable]:  # fastprogress's master_bar a
         return fastprogress.master_bar, fastprogress.progress_bar
     return PlainBar, PlainBar
 
-# %% ../nbs/06_training.ipynb 20
+# %% ../nbs/06_training.ipynb 25
 def averages(
     rows: list[dict],  # numbers with the same names
     sizes: list[int],  # how many samples each is of
@@ -297,13 +410,13 @@ def summary(
     return averages(*zip(*kept)) | {
         "max_log_ratio": watched[0]["max_log_ratio"], "skipped": len(watched) - len(kept)}
 
-# %% ../nbs/06_training.ipynb 22
+# %% ../nbs/06_training.ipynb 27
 @dataclass
 class Epoch:
     "An epoch under way, of N samples."
     prompts: list[str] = field(default_factory=list)  # N
-    samples: list[list[torch.Tensor]] = field(default_factory=list)  # of each batch, on the CPU:
-    #                                                    rewards, trajectories, log-probabilities
+    samples: list[list] = field(default_factory=list)  # of each batch, on the CPU: scores by name,
+    #                                                    trajectories, log-probabilities
     advantages: torch.Tensor | None = None  # [N], once all are sampled
     batches: list[torch.Tensor] = field(default_factory=list)  # of the updates: samples' indices
     watched: list[dict] = field(default_factory=list)  # what was measured at each update
@@ -335,7 +448,7 @@ class TrainingState:
         self.shuffler = torch.Generator().manual_seed(config.seed)
         self.history, self.now = [], Epoch()
 
-# %% ../nbs/06_training.ipynb 24
+# %% ../nbs/06_training.ipynb 29
 def batch_gradient(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,
@@ -362,7 +475,7 @@ def batch_gradient(
     rows, sizes = zip(*gathered(measured))
     return averages(rows, sizes) | {"max_log_ratio": max(row["max_log_ratio"] for row in rows)}
 
-# %% ../nbs/06_training.ipynb 26
+# %% ../nbs/06_training.ipynb 31
 def train(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,         # its UNet is trained in place
@@ -371,16 +484,21 @@ def train(
     on_epoch: Callable[[dict], None] = lambda row: None,  # gets each epoch's metrics
     on_batch: Callable[[], None] = lambda: None,  # is called after every batch; may raise
     state: TrainingState | None = None,    # where to go on; None: at the beginning
+    eval_rewards: Mapping[str, Callable] = {},  # of the pictures, too; are watched, not followed
 ) -> list[dict]:                           # a row of metrics for each epoch
     """Train the pipeline's UNet with DDPO. `ValueError` after ten non-finite updates in a row.
 
-    A row holds epoch, reward_mean, reward_std, loss, grad_norm, clip_fraction, approx_kl,
-    max_log_ratio, ref_kl (where kl_coef is above 0), skipped (updates) and seconds."""
+    A row holds epoch, reward_mean, reward_std, the means of a sum's parts (reward_…) and of
+    `eval_rewards` (eval_…), loss, grad_norm, clip_fraction, approx_kl, max_log_ratio, ref_kl (where
+    kl_coef is above 0), skipped (updates) and seconds."""
+    for fn in (reward_fn, *eval_rewards.values()): check_reward_fn(fn)
     state = TrainingState(config, pipe) if state is None else state
     unet, optimizer, count = pipe.unet, state.optimizer, config.num_samples_per_epoch
     (unet.enable_gradient_checkpointing if config.gradient_checkpointing
      else unet.disable_gradient_checkpointing)()
     unet.eval()  # without dropout, sampling and loss see one policy
+    beside = all(has_a_place_of_its_own(fn, unet.device)
+                 for fn in (reward_fn, *eval_rewards.values()))
     drawn = PromptDataset(prompt_fn, count // config.samples_per_prompt)
     master_bar, progress_bar = progress_bars()
     bar = master_bar(range(len(state.history), config.num_epochs))
@@ -393,18 +511,20 @@ def train(
         now.prompts = now.prompts or [
             prompt for prompt in drawn for _ in range(config.samples_per_prompt)]
         batches = sampling_batches(count, config.sample_batch_size)
-        for batch in progress_bar(batches[len(now.samples):], parent=bar):
-            noise = noise_sources(config.seed, TRAINING, (epoch * count + batch).tolist())
-            with in_precision(config.precision, unet):
-                _, *sample = sample_and_calculate_rewards(
-                    [now.prompts[i] for i in batch], pipe, config.img_size, config.cfg,
-                    config.num_timesteps, decoding_fn, reward_fn, pipe.device, config.eta, noise)
-            now.samples.append([part.cpu() for part in sample])
-            on_batch()
+        with OneBehind(partial(raw_scores, reward_fn, eval_rewards), now.samples, beside) as behind:
+            for batch in progress_bar(batches[len(now.samples):], parent=bar):
+                noise = noise_sources(config.seed, TRAINING, (epoch * count + batch).tolist())
+                prompts = [now.prompts[i] for i in batch]
+                with in_precision(config.precision, unet):
+                    images, *walk = sample_pictures(
+                        prompts, pipe, config.img_size, config.cfg, config.num_timesteps,
+                        decoding_fn, pipe.device, config.eta, noise)
+                behind.put(images, prompts, *(part.cpu() for part in walk))
+                on_batch()
         if now.advantages is None: now.samples = gathered(now.samples)
-        rewards, all_step_preds, log_probs = zip(*now.samples)
-        rewards, log_probs = torch.cat(rewards), torch.cat(log_probs, dim=1)
-        all_step_preds = torch.cat(all_step_preds, dim=1)
+        scores, all_step_preds, log_probs = zip(*now.samples)
+        scores, log_probs = with_total(reward_fn, scores), torch.cat(log_probs, dim=1)
+        all_step_preds, rewards = torch.cat(all_step_preds, dim=1), scores.pop("reward")
 
         # 2. rewards to advantages
         if now.advantages is None:
@@ -431,6 +551,7 @@ def train(
         state.skipped.check_epoch(now.watched, epoch + 1)
         row = {"epoch": epoch + 1, "reward_mean": rewards.mean().item(),
                "reward_std": rewards.std(correction=0).item(),
+               **{name: score.mean().item() for name, score in scores.items()},
                **summary(now.watched, [len(batch) for batch in now.batches]),
                "seconds": time.perf_counter() - start}
         state.history.append(row)
@@ -441,7 +562,7 @@ def train(
         on_epoch(row)
     return state.history
 
-# %% ../nbs/06_training.ipynb 28
+# %% ../nbs/06_training.ipynb 33
 def fresh_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],
@@ -450,12 +571,35 @@ def fresh_prompts(
     random.seed(config.seed + 1_000_000)
     return list(PromptDataset(prompt_fn, config.num_eval_samples))
 
-# %% ../nbs/06_training.ipynb 29
+# %% ../nbs/06_training.ipynb 34
 def no_reward(images: np.ndarray, prompts: list[str]) -> np.ndarray:
     "For pictures that are only to be looked at."
     return np.zeros(len(prompts))
 
-# %% ../nbs/06_training.ipynb 30
+# %% ../nbs/06_training.ipynb 35
+def all_scores(
+    config: DDPOConfig,
+    pipe: StableDiffusionPipeline,
+    prompts: list[str],                    # N
+    reward_fn: Callable,
+    eval_rewards: Mapping[str, Callable],  # by name
+) -> tuple[np.ndarray, dict[str, torch.Tensor]]:  # pictures uint8 [N, H, W, 3]; scores [N], by name
+    "Pictures for these prompts, each always from the same noise, and all that they are worth."
+    if len(prompts) == 0:
+        raise ValueError("prompts is empty: give at least one prompt.")
+    images, scores = [], []
+    for batch in sampling_batches(len(prompts), config.sample_batch_size):
+        if len(batch) == 0: continue
+        asked = [prompts[i] for i in batch]
+        with in_precision(config.precision, pipe.unet):
+            imgs, _, _ = sample_pictures(
+                asked, pipe, config.img_size, config.cfg, config.num_timesteps, decoding_fn,
+                pipe.device, config.eta, noise_sources(config.seed, EVALUATION, batch.tolist()))
+        images.append(imgs)
+        scores.append(raw_scores(reward_fn, eval_rewards, imgs, asked))
+    return np.concatenate(gathered(images)), with_total(reward_fn, gathered(scores))
+
+# %% ../nbs/06_training.ipynb 36
 def evaluate(
     config: DDPOConfig,
     pipe: StableDiffusionPipeline,
@@ -463,30 +607,10 @@ def evaluate(
     reward_fn: Callable,
 ) -> tuple[np.ndarray, torch.Tensor]:  # pictures uint8 [N, H, W, 3], rewards [N]
     "Pictures for these prompts, each always from the same noise, and their rewards."
-    if len(prompts) == 0:
-        raise ValueError("prompts is empty: give at least one prompt.")
-    images, rewards, parts = [], [], []
-    unsettled = isinstance(reward_fn, WeightedSum) and not reward_fn.units
-    def look(images, prompts):
-        parts.append(reward_fn.parts(images, prompts))
-        return torch.zeros(len(prompts))
-    for batch in sampling_batches(len(prompts), config.sample_batch_size):
-        if len(batch) == 0: continue
-        noise = noise_sources(config.seed, EVALUATION, batch.tolist())
-        with in_precision(config.precision, pipe.unet):
-            imgs, scores, _, _ = sample_and_calculate_rewards(
-                [prompts[i] for i in batch], pipe, config.img_size, config.cfg,
-                config.num_timesteps, decoding_fn, look if unsettled else reward_fn, pipe.device,
-                config.eta, noise)
-        images.append(imgs)
-        rewards.append(scores)
-    images, rewards, parts = gathered(images), gathered(rewards), gathered(parts)
-    if unsettled:  # its units are those of all these pictures
-        rewards = [reward_fn.settle({name: torch.cat([part[name] for part in parts])
-                                     for name in parts[0]})]
-    return np.concatenate(images), torch.cat(rewards)
+    images, scores = all_scores(config, pipe, prompts, reward_fn, {})
+    return images, scores["reward"]
 
-# %% ../nbs/06_training.ipynb 32
+# %% ../nbs/06_training.ipynb 38
 def verdict(
     before: torch.Tensor,  # rewards of the untrained model, [N]
     after: torch.Tensor,   # of the trained one, on the same prompts and noise, [N]

@@ -9,6 +9,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 
 import ddpo_scratch
@@ -19,6 +20,7 @@ from ddpo_scratch.rewards import (
     AESTHETIC_SHA256,
     AESTHETIC_URL,
     MLP,
+    AestheticReward,
     AnimalReward,
     JPEGCompressibility,
     JPEGIncompressibility,
@@ -26,16 +28,28 @@ from ddpo_scratch.rewards import (
     aesthetic_model_normalize,
     aesthetic_scoring,
     animal_in,
+    clip_pixels,
     load_aesthetic_model_weights,
     load_classifier,
     load_judge,
+    make_eval_rewards,
     make_reward,
     name_animals,
+    picture_tensor,
     share_right,
 )
 
 SHARED = [folder / "shared" / "aesthetic" for folder in Path.cwd().resolve().parents]
 AESTHETIC_CACHE = next((folder for folder in SHARED if folder.is_dir()), None)
+
+
+def drawings():
+    "Every drawing of the package on a grey ground, with its animal."
+    path = Path(ddpo_scratch.__file__).parent / "emoji_pictures.npz"
+    with np.load(path, allow_pickle=False) as data:
+        rgba, animals = data["pictures"].astype(float), data["animal"].tolist()
+    alpha = rgba[..., 3:] / 255
+    return (rgba[..., :3] * alpha + 160 * (1 - alpha)).round().astype(np.uint8), animals
 
 
 def test_real_head_is_five_matrices():
@@ -79,26 +93,64 @@ def test_aesthetic_scoring():
 
 
 def test_aesthetic_reward_holds_its_weights():
-    "With a small CLIP, not the download: frozen, in eval mode, on its device, blind to prompts."
+    "With a small CLIP, not the download: loaded once, when asked; frozen; blind to prompts; bf16."
     from unittest.mock import patch
-    preprocess = open_clip.image_transform(224, is_train=False)
+    loads, head = [], MLP(768).state_dict()
     def small(name, pretrained):
         assert (name, pretrained) == ("ViT-L-14-quickgelu", "openai")
-        return small_clip(), None, preprocess
-    head = MLP(768).state_dict()
+        loads.append(1)
+        return small_clip()
+    imgs = np.random.default_rng(1).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    prompts = ["a fox"] * 5
     with patch("ddpo_scratch.rewards.load_aesthetic_model_weights", lambda cache: head):
-        with patch("open_clip.create_model_and_transforms", small):
+        with patch("open_clip.create_model", small):
             reward_fn = make_reward("aesthetic", "cpu")
-        with patch("open_clip.create_model_and_transforms", side_effect=OSError("no route")):
-            with pytest.raises(ValueError, match="OpenAI's weights could not be had: no route"):
-                make_reward("aesthetic", "cpu")
+            assert isinstance(reward_fn, AestheticReward) and not loads
+            scores = reward_fn(imgs, prompts)
+            again = AestheticReward("cpu", batch_size=2)(torch.from_numpy(imgs).permute(
+                0, 3, 1, 2) / 255, [""] * 5)
+            half = AestheticReward("cpu", torch.bfloat16)(imgs, prompts)
+        with patch("open_clip.create_model", side_effect=OSError("no route")):
+            with pytest.raises(ValueError, match="weights 'openai' could not be had: no route"):
+                make_reward("aesthetic", "cpu").ready()
     assert not reward_fn.training and not any(p.requires_grad for p in reward_fn.parameters())
-    imgs = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
-    expected = MLP(768); expected.load_state_dict(head)
-    expected = aesthetic_scoring(
-        imgs, preprocess, small_clip(), aesthetic_model_normalize, expected.eval())
-    torch.testing.assert_close(reward_fn(imgs, ["a fox", "an owl"]), expected)
-    assert torch.equal(reward_fn(imgs, ["a fox", "an owl"]), reward_fn(imgs, ["", "x"]))
+    assert len(loads) == 3 and torch.equal(reward_fn(imgs, prompts), scores) and len(loads) == 3
+    torch.testing.assert_close(again, scores, rtol=1e-4, atol=1e-4)
+    assert scores.dtype == half.dtype == torch.float32 and 0 < (half - scores).abs().max() < 0.05
+
+
+
+
+def real_pictures():
+    "Photographs that come with matplotlib, the package's drawings enlarged, and noise."
+    for name in ("grace_hopper.jpg", "Minduka_Present_Blue_Pack.png"):
+        with get_sample_data(name) as file: yield np.asarray(Image.open(file).convert("RGB"))
+    images, _ = drawings()
+    for image in images[::400]:
+        yield np.asarray(Image.fromarray(image).resize((512, 512), Image.Resampling.BICUBIC))
+    yield np.random.default_rng(0).integers(0, 256, (300, 200, 3), dtype=np.uint8)
+    yield np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def test_pictures_on_the_device_are_pils():
+    "CLIP's preprocessing of tensors against PIL's: the pixels; the real head's ratings to 0.02."
+    from unittest.mock import patch
+    preprocess = open_clip.image_transform(224, is_train=False)
+    clip, head = small_clip(), MLP(768).eval()
+    if AESTHETIC_CACHE: head.load_state_dict(load_aesthetic_model_weights(AESTHETIC_CACHE))
+    weights = head.state_dict()
+    with patch("ddpo_scratch.rewards.load_aesthetic_model_weights", lambda cache: weights):
+        with patch("open_clip.create_model", lambda *names, **options: clip):
+            reward_fn = AestheticReward("cpu").ready()
+    for image in real_pictures():
+        ours = clip_pixels(picture_tensor(image[None], "cpu"), 224, open_clip.OPENAI_DATASET_MEAN,
+                           open_clip.OPENAI_DATASET_STD)
+        theirs = preprocess(Image.fromarray(image))[None]
+        levels = (ours - theirs).abs() * 0.27 * 255  # of grey
+        assert levels.max() < 2.5 and levels.mean() < 0.02
+        expected = aesthetic_scoring(
+            image[None], preprocess, clip, aesthetic_model_normalize, head)
+        assert abs(reward_fn(image[None], [""]) - expected) < 0.02
 
 
 def test_normalize():
@@ -156,14 +208,8 @@ def test_jpeg_rewards():
             Image.fromarray(image).save(f"{folder}/picture.jpg", quality=95)
             assert size == pytest.approx(os.path.getsize(f"{folder}/picture.jpg") / 1000)
 
-
-def drawings():
-    "Every drawing of the package on a grey ground, with its animal."
-    path = Path(ddpo_scratch.__file__).parent / "emoji_pictures.npz"
-    with np.load(path, allow_pickle=False) as data:
-        rgba, animals = data["pictures"].astype(float), data["animal"].tolist()
-    alpha = rgba[..., 3:] / 255
-    return (rgba[..., :3] * alpha + 160 * (1 - alpha)).round().astype(np.uint8), animals
+    tensors = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    assert torch.equal(JPEGCompressibility()(tensors, prompts), less)
 
 
 def test_animal_reward_pays_for_the_asked_animal():
@@ -179,12 +225,14 @@ def test_animal_reward_pays_for_the_asked_animal():
     expected = [row[list(emoji_animals()).index(animal)] - np.log(np.exp(row).sum())
                 for row, animal in zip(logits, animals)]
     np.testing.assert_allclose(right.numpy(), expected, rtol=1e-3, atol=1e-4)
+    tensors = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255
+    torch.testing.assert_close(reward_fn(tensors, animals), right, rtol=1e-3, atol=1e-3)
     large = np.repeat(np.repeat(images, 4, 1), 4, 2)
     assert np.mean(np.abs(reward_fn(large, animals).numpy() - right.numpy()) < 0.5) > 0.9
 
 
 def test_the_judge_is_another():
-    "Both know the drawings; built of other layers; 3 MB in all; no reward asks the judge."
+    "Both know the drawings; built of other layers; 3 MB in all; 1 or 0 for each picture."
     images, animals = drawings()
     classifier, judge = load_classifier(), load_judge()
     for network in (classifier, judge):
@@ -196,6 +244,8 @@ def test_the_judge_is_another():
     files = [package / f"emoji_{name}.safetensors" for name in ("classifier", "judge")]
     assert sum(file.stat().st_size for file in files) <= 3_000_000
     assert share_right(images[:4], animals[:3] + ["an owl"], judge) == 0.75
+    right = make_reward("right_animal", "cpu")(images[:4], animals[:3] + ["an owl"])
+    assert right.tolist() == [1, 1, 1, 0] and right.dtype == torch.float32
 
 
 def test_the_animal_is_read_off_the_prompt():
@@ -216,8 +266,11 @@ def test_the_animal_is_read_off_the_prompt():
 def test_rewards_by_name():
     "Known names are listed; those without weights need no device."
     assert isinstance(make_reward("jpeg_compressibility", "cpu"), JPEGCompressibility)
-    with pytest.raises(ValueError, match="'beauty'. Known: aesthetic, animal, "
-                                         "jpeg_compressibility, jpeg_incompressibility"):
+    assert make_eval_rewards(None) == {}
+    assert list(make_eval_rewards("right_animal,animal", "cpu")) == ["right_animal", "animal"]
+    with pytest.raises(ValueError, match="leave out the weights"): make_eval_rewards("animal:2")
+    with pytest.raises(ValueError, match="'beauty'. Known: aesthetic, animal, clip_score, "
+                                         "jpeg_compressibility, jpeg_incompressibility, pickscore"):
         make_reward("beauty")
 
 
@@ -264,7 +317,9 @@ def test_sums_by_name():
     with pytest.raises(TypeError, match="must be a dict"): WeightedSum([size], [1.0])
     with pytest.raises(ValueError, match="a sum itself"): WeightedSum({"a": both}, {"a": 1.0})
     def bad(images, prompts): return [0.0, np.nan]
-    with pytest.raises(ValueError, match="part 'b': the reward of picture 1, prompt 'an owl', is"):
+    with pytest.raises(ValueError, match="must not be called 'mean'"):
+        WeightedSum({"mean": size}, {"mean": 1.0})
+    with pytest.raises(ValueError, match="b: the reward of picture 1, prompt 'an owl', is nan"):
         WeightedSum({"a": lambda images, prompts: [0.0, 1.0], "b": bad}, {"a": 1.0, "b": 1.0})(
             None, ["a cat", "an owl"])
 
@@ -314,3 +369,76 @@ def test_a_reward_takes_pictures_and_prompts():
                          (lambda images: [], "lambda"), (7, "not a int"),
                          ("aesthetic", "not a str"), (lambda images, *, prompts: [], "lambda")):
         with pytest.raises(TypeError, match=found): check_reward_fn(wrong)
+
+
+OWN = """
+import torch
+from ddpo_scratch.rewards import Scorer, load_judge, animal_logits
+
+def redness(images, prompts):
+    return images[..., 0].mean((1, 2))
+
+class Certainty(Scorer):
+    def load(self):
+        self.judge = load_judge()
+
+    def score(self, images, prompts):
+        return animal_logits(images, self.judge).softmax(1).amax(1)[:, None]
+
+certain = Certainty("cpu", batch_size=2)
+seven = 7
+"""
+
+
+def test_rewards_of_ones_own_by_name():
+    "A function, a class, an object, of a file or a module; alone, weighted; wrong names are told."
+    from tempfile import TemporaryDirectory
+    images, prompts = drawings()[0][:5], ["a fox"] * 5
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "my_rewards.py"
+        path.write_text(OWN)
+        red = make_reward(f"{path}:redness")
+        assert check_rewards(red(images, prompts), prompts).tolist() == images[..., 0].mean(
+            (1, 2)).tolist()
+        made, there = make_reward(f"{path}:Certainty", "cpu"), make_reward(f"{path}:certain")
+        assert made.device.type == "cpu" and not made.loaded
+        assert make_reward(f"{path}:certain") is there  # the file is read once
+        first = check_rewards(made(images, prompts), prompts)
+        torch.testing.assert_close(check_rewards(there(images, prompts), prompts), first)
+        both = make_reward(f"{path}:redness:0.5,animal,{path}:certain:-2")
+        assert both.weights == {"redness": 0.5, "animal": 1.0, "certain": -2.0}
+        assert make_reward("operator:sub")(3, 1) == 2  # of a module
+        for name, match in (
+                (f"{folder}/none.py:redness", "there is no file '.*none.py'"),
+                (f"{path}:rednes", "no 'rednes' in .*my_rewards.py. Did you mean 'redness'"),
+                (f"{path}:redness:x", "weight of .*redness must be a number, not 'x'"),
+                (f"{path}", "unknown reward .*rewards.py:redness"),
+                ("nowhere.at_all:redness", "module 'nowhere.at_all' cannot be imported.*file"),
+                (f"{path}:redness,{path}:redness", "stands twice"),
+                ("a:1", "unknown reward 'a:1'")):
+            with pytest.raises(ValueError, match=match): make_reward(name)
+        with pytest.raises(TypeError, match="a reward is a function"): make_reward(f"{path}:seven")
+        path.write_text("import torch\n\nraise RuntimeError('no ink')\n")
+        with pytest.raises(ValueError, match="line 3 raises RuntimeError: no ink"):
+            make_reward(f"{path}:redness")
+        path.write_text("def redness(:\n")
+        with pytest.raises(ValueError, match="line 1 raises SyntaxError"):
+            make_reward(f"{path}:redness")
+
+
+def test_what_a_reward_is_given_is_looked_at():
+    "Form, type, range, number of prompts: the error names reward, picture and prompt."
+    good, prompts = torch.full((2, 3, 8, 8), 0.5), ["a fox", "an owl"]
+    for reward in (JPEGCompressibility(), AnimalReward("cpu")):
+        name = type(reward).__name__
+        assert len(reward(good, prompts)) == len(reward(np.zeros((2, 8, 8, 3), np.uint8), prompts))
+        for images, error, match in (
+                ([1, 2], TypeError, "not a list"), (np.zeros((2, 8, 8, 3)), TypeError, "float64"),
+                ((255 * good).byte(), TypeError, "Tensor of torch.uint8"),
+                (np.zeros((8, 8, 3), np.uint8), ValueError, r"not of shape \[8, 8, 3\]"),
+                (good.permute(0, 2, 3, 1), ValueError, r"\[B, 3, H, W\], not of shape"),
+                (good[:1], ValueError, "1 pictures and 2 prompts"),
+                (good * 2 - 1.5, ValueError, "values of picture 0, prompt 'a fox', go from -0.5"),
+                (torch.stack([good[0], good[1] * float("nan")]), ValueError,
+                 "picture 1, prompt 'an owl', go from nan")):
+            with pytest.raises(error, match=f"{name}: .*{match}"): reward(images, prompts)

@@ -1,7 +1,7 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
-Three of them train; beside this file they leave a table, a line for each look at fresh pictures on
-the way, and for chapter 9 a strip of pictures for each run. `right` and `samplers` look at what
+All but the last two train; beside this file they leave a table, a line for each look at fresh
+pictures on the way, and for chapter 9 a strip of pictures. `right` and `samplers` look at what
 `ddpo_train --seed N --name seedN` has left in runs/seed0, runs/seed1 and runs/seed2, whose
 metrics.csv are seed0.csv, seed1.csv and seed2.csv here. The committed pictures were reduced to 256
 colours afterwards.
@@ -127,6 +127,12 @@ def gamed():
         HERE / f"gamed_{name.replace(' ', '_')}.png")]
 
 
+def incompressible():
+    "The other way round; chapter 9."
+    config = make_config("emoji", **SMALL_STEPS | dict(reward="jpeg_incompressibility"))
+    return watched("incompressible", config, 128, 2, HERE / "gamed_incompressible.png")
+
+
 def right():
     "Right animals without and with guidance before training, and without it after; chapter 7."
     rows = []
@@ -179,7 +185,8 @@ def samplers():
     return rows
 
 
-TABLES = {function.__name__: function for function in (groups, reinforce, gamed, right, samplers)}
+TABLES = {function.__name__: function for function in (
+    groups, reinforce, gamed, incompressible, right, samplers)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
