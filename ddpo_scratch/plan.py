@@ -251,7 +251,8 @@ def plan_text(
     "The plan, to be read."
     def gigabytes(size):
         return f"{size / 1e9:7.2f} GB" if plan.memory > 1e9 else f"{size / 1e6:7.1f} MB"
-    def tera(count): return f"{count / 1e12:,.3g} · 10¹²"
+    def many(count):
+        return f"{count / 1e15:.2f} · 10¹⁵" if count > 1e14 else f"{count / 1e12:.2f} · 10¹²"
     name = config.pipeline
     lines = [f"{name}: {plan.trained / 1e6:.1f} million numbers are trained, "
              f"{plan.frozen / 1e6:.1f} million are not", "",
@@ -261,8 +262,8 @@ def plan_text(
              *(f"  {gigabytes(size)}  {phase}" for phase, size in plan.peaks.items()),
              f"  {gigabytes(plan.memory)}  in all, without the reward's own model", "",
              f"in the CPU's memory: {gigabytes(plan.trajectories).strip()} of trajectories", "",
-             f"operations of an epoch: {tera(plan.sampling)} for sampling, "
-             f"{tera(plan.training)} for training", "",
+             f"operations of an epoch: {many(plan.sampling)} for sampling, "
+             f"{many(plan.training)} for training", "",
              f"an epoch, and {config.num_epochs}, at {UTILISATION:.0%} of a card's peak:"]
     for card, (size, _, _) in GPUS.items():
         epoch = plan.seconds(card, config.precision)
