@@ -268,6 +268,7 @@ def what_ran(
                      str(prompt_fn.path.absolute()) if isinstance(prompt_fn, PromptFile) else
                      called(prompt_fn)),
         reward=named(reward_fn),
+        scale_rewards=getattr(reward_fn, "scaled", config.scale_rewards),
         eval_rewards=",".join(map(named, eval_rewards.values())) or None,
         device=config.device or pipe.device.type)
 
@@ -698,7 +699,7 @@ def run_training(
 # %% ../nbs/08_cli.ipynb 23
 GROUPS = {
     "what": ("what to train on", (
-        "pipeline", "prompts", "reward", "eval_rewards", "img_size", "seed")),
+        "pipeline", "prompts", "reward", "scale_rewards", "eval_rewards", "img_size", "seed")),
     "how_much": ("how much work it is", (
         "num_epochs", "num_samples_per_epoch", "samples_per_prompt", "num_inner_epochs",
         "num_timesteps", "timestep_fraction", "num_eval_samples")),
@@ -856,7 +857,7 @@ def prepare(
         sys.exit()
     pipe = load_pipeline(config.pipeline, config.device)
     check_run(config, pipe)
-    reward_fn = make_reward(config.reward, pipe.device)
+    reward_fn = make_reward(config.reward, pipe.device, config.scale_rewards)
     eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
     for part in (*parts_of(reward_fn), *eval_rewards.values()):
         if isinstance(part, Scorer): part.ready()

@@ -10,6 +10,7 @@ __all__ = ['Scorer', 'MLP', 'load_aesthetic_model_weights', 'aesthetic_model_nor
 # %% ../nbs/03_rewards.ipynb 3
 import difflib
 import importlib
+import inspect
 import io
 import re
 import sys
@@ -405,6 +406,7 @@ class WeightedSum:
         self,
         rewards: Mapping[str, Callable],  # a name for each reward_fn(images, prompts) → [B]
         weights: Mapping[str, float],     # how much a deviation of each counts; the same names
+        scaled: bool = True,              # False: the parts are added as they are
     ):
         for argument, value in (("rewards", rewards), ("weights", weights)):
             if not isinstance(value, Mapping):
@@ -422,6 +424,7 @@ class WeightedSum:
                 raise ValueError(f"a part must not be called {name!r}: rename it.")
         self.rewards = dict(rewards)
         self.weights = {name: float(weights[name]) for name in rewards}
+        self.scaled = scaled
         self.units: dict[str, tuple[float, float]] = {}  # origin and unit of each
 
     def parts(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -433,7 +436,8 @@ class WeightedSum:
 
     def settle(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         "Take means and deviations from what `parts` gave; the weighted sum of it, [B]."
-        self.units = {name: origin_and_unit(rewards.numpy()) for name, rewards in parts.items()}
+        self.units = {name: origin_and_unit(rewards.numpy()) if self.scaled else (0.0, 1.0)
+                      for name, rewards in parts.items()}
         return self.total(parts)
 
     def total(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -465,6 +469,7 @@ def module_of_file(
     "The module in a file. `ValueError` with the line where it raises."
     spec = spec_from_file_location(f"rewards_of_{path.stem}", path)
     module = sys.modules[spec.name] = module_from_spec(spec)
+    if str(path.parent) not in sys.path: sys.path.append(str(path.parent))  # for its neighbours
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -542,7 +547,13 @@ def make_rewards(
     for name in names:
         made, short = find_reward(name), name.rpartition(":")[2]
         if isinstance(made, type):
-            made = made(device=device) if issubclass(made, Scorer) else made()
+            options = {"device": device} if issubclass(made, Scorer) else {}
+            try:
+                inspect.signature(made).bind(**options)
+            except TypeError as error:
+                raise ValueError(f"the reward {name!r} is a class that cannot be made without "
+                                 f"arguments ({error}): name an object of it.") from error
+            made = made(**options)
         check_reward_fn(made)
         if short in rewards:
             raise ValueError(f"two rewards are called {short!r}: rename one.")
@@ -568,13 +579,14 @@ def absolute_name(
 def make_reward(
     name: str,                                 # as for `reward_weights`
     device: str | torch.device | None = None,  # for rewards that have weights
+    scaled: bool = True,                       # whether a sum counts its parts in deviations
 ) -> Callable:                                 # reward_fn(images, prompts) → [B]
     "The reward called `name`, or the `WeightedSum` that it asks for."
     weights = reward_weights(name)
     rewards = make_rewards(list(weights), device)
     if name.strip() in weights:
         return rewards.popitem()[1]
-    return WeightedSum(rewards, dict(zip(rewards, weights.values())))
+    return WeightedSum(rewards, dict(zip(rewards, weights.values())), scaled)
 
 
 def make_eval_rewards(

@@ -90,6 +90,7 @@ class DDPOConfig:
     pipeline: str = "CompVis/stable-diffusion-v1-4"  # "emoji", a local folder, or a hub id
     prompts: str = "imagenet_animal_prompts"  # a known name, or a text file with a prompt a line
     reward: str = "aesthetic"  # a name, yours (rewards.py:redness), or a sum: aesthetic:1,animal:2
+    scale_rewards: bool = True  # count the parts of a sum in their own deviations, else as they are
     eval_rewards: str | None = None  # others, after commas, that are watched and not trained on
     img_size: int = 512  # height and width of a picture, pixels, a multiple of 8
     seed: int = 0  # of prompts, noise and shuffling

@@ -317,6 +317,10 @@ def test_sums_by_name():
     with pytest.raises(TypeError, match="must be a dict"): WeightedSum([size], [1.0])
     with pytest.raises(ValueError, match="a sum itself"): WeightedSum({"a": both}, {"a": 1.0})
     def bad(images, prompts): return [0.0, np.nan]
+    plain = WeightedSum({"a": lambda images, prompts: [1.0, 2.0], "b": lambda images, prompts: [
+        [5.0], [7.0]]}, {"a": 2.0, "b": -1.0}, scaled=False)
+    assert plain(None, ["x", "y"]).tolist() == [-3.0, -3.0]
+    assert not make_reward("animal:1,jpeg_compressibility:1", "cpu", scaled=False).scaled
     with pytest.raises(ValueError, match="must not be called 'mean'"):
         WeightedSum({"mean": size}, {"mean": 1.0})
     with pytest.raises(ValueError, match="b: the reward of picture 1, prompt 'an owl', is nan"):
@@ -385,6 +389,10 @@ class Certainty(Scorer):
     def score(self, images, prompts):
         return animal_logits(images, self.judge).softmax(1).amax(1)[:, None]
 
+class Picky:
+    def __init__(self, taste): pass
+    def __call__(self, images, prompts): return [0.0] * len(prompts)
+
 certain = Certainty("cpu", batch_size=2)
 seven = 7
 """
@@ -395,8 +403,9 @@ def test_rewards_of_ones_own_by_name():
     from tempfile import TemporaryDirectory
     images, prompts = drawings()[0][:5], ["a fox"] * 5
     with TemporaryDirectory() as folder:
-        path = Path(folder) / "my_rewards.py"
-        path.write_text(OWN)
+        path = Path(folder) / "my rewards.py"
+        path.write_text("from my_neighbour import one\n" + OWN)
+        (Path(folder) / "my_neighbour.py").write_text("one = 1")
         red = make_reward(f"{path}:redness")
         assert check_rewards(red(images, prompts), prompts).tolist() == images[..., 0].mean(
             (1, 2)).tolist()
@@ -410,7 +419,8 @@ def test_rewards_of_ones_own_by_name():
         assert make_reward("operator:sub")(3, 1) == 2  # of a module
         for name, match in (
                 (f"{folder}/none.py:redness", "there is no file '.*none.py'"),
-                (f"{path}:rednes", "no 'rednes' in .*my_rewards.py. Did you mean 'redness'"),
+                (f"{path}:rednes", "no 'rednes' in .*my rewards.py. Did you mean 'redness'"),
+                (f"{path}:Picky", "cannot be made without arguments .*'taste'"),
                 (f"{path}:redness:x", "weight of .*redness must be a number, not 'x'"),
                 (f"{path}", "unknown reward .*rewards.py:redness"),
                 ("nowhere.at_all:redness", "module 'nowhere.at_all' cannot be imported.*file"),

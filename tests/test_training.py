@@ -57,7 +57,7 @@ def test_presets_are_the_blogs_and_its_miniature():
         num_eval_samples=128, timestep_fraction=1.0, samples_per_prompt=1, kl_coef=0.0,
         precision="fp32", lora_rank=0, lora_alpha=None, gradient_accumulation=1, save_every=10,
         keep=2, log_with=None, use_8bit_adam=False, offload=False, eval_rewards=None,
-        push_to_hub=None,
+        push_to_hub=None, scale_rewards=True,
         lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(DDPOConfig)} - set(blog) == {"seed", "device"}
