@@ -228,9 +228,10 @@ def check_images(
                          "picture needs one.")
     if tensor:
         low, high = images.flatten(1).aminmax(dim=1)
-        for index in (~((low >= 0) & (high <= 1))).nonzero().flatten().tolist()[:1]:  # NaN, too
+        fine = (low >= -0.001) & (high <= 1.001)  # but for rounding; not for NaN
+        for index in (~fine).nonzero().flatten().tolist()[:1]:
             raise ValueError(f"{reward}: the values of picture {index}, prompt {prompts[index]!r}, "
-                             f"go from {low[index]:.3g} to {high[index]:.3g}. A float tensor's "
+                             f"go from {low[index]:.4g} to {high[index]:.4g}. A float tensor's "
                              "must lie between 0 and 1.")
 
 # %% ../nbs/90_checks.ipynb 16

@@ -52,7 +52,7 @@ from ddpo_scratch.checkpoints import (
     stop_after_a_batch,
     write_file,
 )
-from .checks import check_field, check_reward_fn, check_rewards
+from .checks import check_field, check_reward_fn
 from .lora import adapters_of
 from .pipelines import load_pipeline, pipeline_source
 from .plan import make_plan, plan_text
@@ -65,6 +65,7 @@ from ddpo_scratch.rewards import (
     WeightedSum,
     absolute_name,
     animal_in,
+    ask,
     find_reward,
     make_eval_rewards,
     make_reward,
@@ -129,10 +130,10 @@ def reward_curve(
         1 + len(others), sharex=True, squeeze=False, height_ratios=[2, *[1] * len(others)]).flat
     top.fill_between(epochs, mean - std, mean + std, alpha=0.2, lw=0)
     top.plot(epochs, mean, marker="o", ms=3)
-    top.set_ylabel(reward, fontsize=8)
+    top.set_ylabel(reward.replace("$", r"\$"), fontsize=8)
     for ax, name in zip(below, others):
         ax.plot(epochs, columns[name], marker="o", ms=3)
-        ax.set_ylabel(name.replace("_", " ", 1), fontsize=8)
+        ax.set_ylabel(name.replace("_", " ", 1).replace("$", r"\$"), fontsize=8)
     figure.axes[-1].set_xlabel("epoch")
     figure.axes[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure
@@ -248,14 +249,15 @@ def what_ran(
         thing = thing if hasattr(thing, "__qualname__") else type(thing)
         return f"{thing.__module__}:{thing.__qualname__}"
     def named(reward_fn):
+        for name in asked:  # one's own comes first: it may be a class of the library's
+            with suppress(ValueError):
+                if any(find_reward(name) is thing for thing in (reward_fn, type(reward_fn))):
+                    return absolute_name(name)
         if isinstance(reward_fn, WeightedSum):
             return ",".join(f"{named(reward_fn.rewards[part])}:{str(weight).removesuffix('.0')}"
                             for part, weight in reward_fn.weights.items())
         for name, place in REWARDS.items():
             if place == f"{type(reward_fn).__module__}:{type(reward_fn).__qualname__}": return name
-        for name in asked:
-            with suppress(ValueError):
-                if find_reward(name) in (reward_fn, type(reward_fn)): return absolute_name(name)
         return called(reward_fn)
     asked = [split_weight(part)[0] for names in (config.reward, config.eval_rewards) if names
              for part in names.split(",") if ":" in part]
@@ -489,7 +491,7 @@ def plain_reward(
             drawn = pipe(asked, config.img_size, config.img_size, generator=noise,
                          output_type="latent").images
         images = decoding_fn(drawn, pipe)
-        rewards.append(check_rewards(reward_fn(images, asked), asked))
+        rewards.append(ask(reward_fn, images, asked))
     pipe.set_progress_bar_config(**bar)
     return torch.cat(gathered(rewards)).mean().item()
 
@@ -571,6 +573,14 @@ All settings:
 """
 
 
+def without_folders(
+    names: str | None,  # of a pipeline, prompts or rewards, with commas between them
+) -> str | None:
+    "What concerns nobody else is left out: where files lie on this machine."
+    return names and ",".join(
+        Path(name).name if Path(name).is_absolute() else name for name in names.split(","))
+
+
 def model_card(
     config: DDPOConfig,  # as it ran
     run: dict,           # of `first_look`
@@ -578,13 +588,10 @@ def model_card(
     lora: bool,          # whether an adapter was trained
 ) -> str:
     "What was trained and how, and the code that opens it and draws with its own sampler."
-    def short(name): return Path(name).name if Path(name).is_absolute() else name
-    def shorts(names): return names and ",".join(map(short, names.split(",")))
     here, is_hub = "path/to/this/folder", re.fullmatch(r"[\w.-]+/[\w.-]+", config.pipeline)
-    base = f"path/to/{short(config.pipeline)}" if Path(config.pipeline).is_absolute() else (
-        config.pipeline)
-    config = replace(config, pipeline=short(config.pipeline), prompts=short(config.prompts),
-                     reward=shorts(config.reward), eval_rewards=shorts(config.eval_rewards))
+    base = "path/to/" * Path(config.pipeline).is_absolute() + without_folders(config.pipeline)
+    config = replace(config, **{name: without_folders(getattr(config, name)) for name in (
+        "pipeline", "prompts", "reward", "eval_rewards")})
     load = f'StableDiffusionPipeline.from_pretrained("{base if lora else here}")'
     lines = ["from diffusers import DDIMScheduler, StableDiffusionPipeline", "", f"pipe = {load}"]
     if lora: lines.append(f'pipe.load_lora_weights("{here}")')
@@ -672,7 +679,7 @@ def run_training(
         save = partial(save_checkpoint, folder / "checkpoints", config.keep, pipe, state, run)
         def on_epoch(row):
             write_file(folder / "metrics.csv", csv_text(state.history))
-            curve = reward_curve(state.history, config.reward)
+            curve = reward_curve(state.history, without_folders(config.reward))
             write_file(folder / "reward_curve.png", png_bytes(curve))
             progress.after(row["epoch"])
             log.epoch(row, run["looks"].get(f"epoch {row['epoch']}"))
@@ -687,7 +694,7 @@ def run_training(
                 raise
         line = last_look(config, pipe, reward_fn, eval_rewards, folder, run)
         card = model_card(config, run, line, bool(adapters_of(pipe.unet)))
-        curve = png_bytes(reward_curve(state.history, config.reward))
+        curve = png_bytes(reward_curve(state.history, without_folders(config.reward)))
         save_trained(pipe, folder, {"README.md": card.encode(), "reward_curve.png": curve})
         remove_old(folder / "checkpoints", 1)
     if not adapters_of(pipe.unet):
@@ -852,13 +859,18 @@ def prepare(
     prompt_fn = make_prompt_fn(config.prompts)
     check_prompts(config, prompt_fn)
     from_the_first(lambda: check_run_name(name, runs))
+    for names in filter(None, (config.reward, config.eval_rewards)):
+        for reward in reward_weights(names): find_reward(reward)
     if only_plan:
         say(plan_text(config, make_plan(config)))
         sys.exit()
     pipe = load_pipeline(config.pipeline, config.device)
     check_run(config, pipe)
-    reward_fn = make_reward(config.reward, pipe.device, config.scale_rewards)
-    eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
+    try:
+        reward_fn = make_reward(config.reward, pipe.device, config.scale_rewards)
+        eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
     for part in (*parts_of(reward_fn), *eval_rewards.values()):
         if isinstance(part, Scorer): part.ready()
     if config.push_to_hub: from_the_first(lambda: make_repo(config.push_to_hub))
@@ -886,5 +898,6 @@ def main() -> None:
               file=sys.stderr)
         sys.exit(stop.exit_code)
     except (ValueError, OSError, SafetensorError) as error:
+        if getattr(error, "is_a_rewards_own", False): raise
         left = kept(folder) if folder else "Nothing was written."
         sys.exit(f"ddpo_train: {str(error).rstrip('.')}. {left}")

@@ -21,6 +21,7 @@ from hashlib import sha256
 from importlib.resources import files
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import open_clip
@@ -37,6 +38,7 @@ from ddpo_scratch.checks import (
     check_reward_fn,
     check_rewards,
     check_weight,
+    reward_name,
 )
 from .pipelines import default_device
 from .prompts import emoji_animals
@@ -59,7 +61,8 @@ def picture_arrays(
     "For programs that work on files."
     if isinstance(images, np.ndarray):
         return images
-    return (255 * images.detach()).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    levels = (255 * images.detach()).round().clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).cpu().numpy()
 
 # %% ../nbs/03_rewards.ipynb 9
 class Scorer(nn.Module):
@@ -178,13 +181,14 @@ def clip_pixels(
     mean: Sequence[float],   # of each colour, which is subtracted
     std: Sequence[float],    # by which it is then divided
     squash: bool = False,    # whether all of the picture is squeezed in, and none of it cut off
+    interpolation: str = "bicubic",
 ) -> torch.Tensor:           # [B, 3, side, side]
     "CLIP's own preprocessing, on the device: as PIL has it, in two passes of whole grey levels."
     height, width = images.shape[-2:]
     short = min(height, width)
     size = [side, side] if squash else [int(side * height / short), int(side * width / short)]
     for shape in ([height, size[1]], size):
-        images = TF.resize(images, shape, InterpolationMode.BICUBIC, antialias=True)
+        images = TF.resize(images, shape, InterpolationMode(interpolation), antialias=True)
         images = (255 * images).round().clamp(0, 255) / 255
     return TF.normalize(TF.center_crop(images, [side, side]), list(mean), list(std))
 
@@ -197,7 +201,7 @@ def load_open_clip(
     "`ValueError` where the weights cannot be had."
     try:
         return open_clip.create_model(name, pretrained=pretrained).to(dtype)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnpicklingError) as error:
         raise ValueError(
             f"CLIP {name} with the weights {pretrained!r} could not be had: {error} If the hub "
             "cannot be reached from here, take a reward that needs no download.") from error
@@ -396,6 +400,22 @@ def origin_and_unit(
     return float(offset + spread * mean), float(spread * deviation) or 1.0
 
 # %% ../nbs/03_rewards.ipynb 40
+def ask(
+    reward_fn: Callable,
+    images: np.ndarray,      # uint8, [B, H, W, 3]; the reward gets a copy
+    prompts: Sequence[str],
+    name: str | None = None, # for errors
+) -> torch.Tensor:           # float64, [B], on the CPU
+    "What a reward says, looked at. An error of somebody's own is marked, to keep its traceback."
+    try:
+        pictures = images.copy() if isinstance(images, np.ndarray) else images
+        returned = reward_fn(pictures, list(prompts))
+    except Exception as error:
+        if not type(reward_fn).__module__.startswith("ddpo_scratch."): error.is_a_rewards_own = True
+        raise
+    return check_rewards(returned, prompts, name or reward_name(reward_fn))
+
+# %% ../nbs/03_rewards.ipynb 41
 class WeightedSum:
     """Several rewards as one: each counted from its mean, in its own deviations, weighted, added.
 
@@ -431,7 +451,7 @@ class WeightedSum:
         "What each reward gives, [B] in its own unit."
         given = {}
         for name, reward_fn in self.rewards.items():
-            given[name] = check_rewards(reward_fn(images, prompts), prompts, name)
+            given[name] = ask(reward_fn, images, prompts, name)
         return given
 
     def settle(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -449,7 +469,7 @@ class WeightedSum:
         parts = self.parts(images, prompts)
         return self.total(parts) if self.units else self.settle(parts)
 
-# %% ../nbs/03_rewards.ipynb 43
+# %% ../nbs/03_rewards.ipynb 44
 REWARDS = {  # where each is found
     "aesthetic": "ddpo_scratch.rewards:AestheticReward",
     "animal": "ddpo_scratch.rewards:AnimalReward",
@@ -471,7 +491,7 @@ def module_of_file(
     module = sys.modules[spec.name] = module_from_spec(spec)
     if str(path.parent) not in sys.path: sys.path.append(str(path.parent))  # for its neighbours
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))  # past any old .pyc
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == str(path)] or [getattr(error, "lineno", "?")]
@@ -489,21 +509,24 @@ def find_reward(
         path = Path(source).absolute()
         if not path.is_file():
             raise ValueError(f"the reward {name!r}: there is no file {str(path)!r}.")
+        if "," in str(path):
+            raise ValueError(f"the reward {name!r}: commas stand between rewards, and "
+                             f"{str(path)!r} has one. Move the file to another folder.")
         module = module_of_file(path, path.stat().st_mtime_ns)
     else:
         try:
             module = importlib.import_module(source)
-        except ImportError as error:
+        except Exception as error:
             raise ValueError(f"the reward {name!r}: the module {source!r} cannot be imported "
-                             f"({error}). A file is named with its ending: {source}.py:{attribute}."
-                             ) from error
+                             f"({type(error).__name__}: {error}). A file is named with its ending: "
+                             f"{source}.py:{attribute}.") from error
     if not hasattr(module, attribute):
         near = difflib.get_close_matches(attribute, dir(module), 1)
         raise ValueError(f"the reward {name!r}: there is no {attribute!r} in {source}."
                          + (f" Did you mean {near[0]!r}?" if near else ""))
     return getattr(module, attribute)
 
-# %% ../nbs/03_rewards.ipynb 44
+# %% ../nbs/03_rewards.ipynb 45
 def split_weight(
     part: str,         # animal, animal:2, rewards.py:redness, rewards.py:redness:0.5
 ) -> tuple[str, str]:  # the reward's name, and its weight, "1" where none is given
@@ -537,7 +560,7 @@ def reward_weights(
         check_weight(reward, weights[reward])
     return weights
 
-# %% ../nbs/03_rewards.ipynb 45
+# %% ../nbs/03_rewards.ipynb 46
 def make_rewards(
     names: list[str],                    # as for `find_reward`
     device: str | torch.device | None,   # for rewards that have weights
@@ -575,7 +598,7 @@ def absolute_name(
     source, _, attribute = name.rpartition(":")
     return f"{Path(source).absolute()}:{attribute}" if source.endswith(".py") else name
 
-# %% ../nbs/03_rewards.ipynb 46
+# %% ../nbs/03_rewards.ipynb 47
 def make_reward(
     name: str,                                 # as for `reward_weights`
     device: str | torch.device | None = None,  # for rewards that have weights
@@ -584,7 +607,7 @@ def make_reward(
     "The reward called `name`, or the `WeightedSum` that it asks for."
     weights = reward_weights(name)
     rewards = make_rewards(list(weights), device)
-    if name.strip() in weights:
+    if ":".join(map(str.strip, name.split(":"))) in weights:  # one, without a weight
         return rewards.popitem()[1]
     return WeightedSum(rewards, dict(zip(rewards, weights.values())), scaled)
 

@@ -25,9 +25,9 @@ from .rewards import Scorer, clip_pixels, load_open_clip, picture_arrays
 
 # %% ../nbs/17_scorers.ipynb 5
 class CLIPScore(Scorer):
-    """100 times the cosine between the embeddings of picture and prompt (Hessel et al. 2021).
+    """100 times the cosine between the embeddings of picture and prompt; any model of open_clip's.
 
-    For any model of open_clip's. Their clamp at 0 is left out: a reward needs its slope there."""
+    Hessel et al. 2021 take 2.5 times, and 0 where it is negative; a reward needs a slope there."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class CLIPScore(Scorer):
         wants = self.clip_model.visual.preprocess_cfg
         side = wants["size"] if isinstance(wants["size"], int) else wants["size"][0]
         pixels = clip_pixels(images, side, wants["mean"], wants["std"],
-                             wants["resize_mode"] == "squash")
+                             wants["resize_mode"] == "squash", wants["interpolation"])
         seen = self.clip_model.encode_image(pixels.to(self.dtype))
         asked = self.clip_model.encode_text(self.tokenizer(list(prompts)).to(self.device))
         return 100 * F.cosine_similarity(seen.float(), asked.float())
@@ -91,10 +91,12 @@ class PickScore(Scorer):
 def number_in(
     answer: str,
 ) -> float:       # 0 … 10
-    "The first number of an answer. `ValueError` where there is none from 0 to 10."
-    found = re.search(r"(?<![\w.])-?\d+(?:\.\d+)?", answer)
-    if found is None or not 0 <= float(found[0]) <= 10:
-        raise ValueError(f"there is no number from 0 to 10 in the answer {answer[:80]!r}")
+    "The number in an answer. `ValueError` where there is none from 0 to 10, or more than one."
+    said = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
+    said = re.sub(r"\s*(/|out of)\s*10\b", "", said)
+    found = re.findall(r"(?<![\w.,-])-?\d+(?:\.\d+)?(?![\w%]|[.,]\d)", said)
+    if len(found) != 1 or not 0 <= float(found[0]) <= 10:
+        raise ValueError(f"there is no number from 0 to 10, or not one alone, in {answer[:80]!r}")
     return float(found[0])
 
 
@@ -122,15 +124,16 @@ class VisionJudge:
                         "to 10, nothing else.",
         to_number: Callable[[str], float] = number_in,  # `ValueError`: the answer is no use
         workers: int = 8,        # requests under way at a time
-        timeout: float = 60.0,   # seconds for an answer
-        tries: int = 4,          # of each question
+        timeout: float = 60.0,   # seconds without a word from the server
+        tries: int = 4,          # of a request that fails, and of a question without a number
     ):
         check_installed("openai", "VisionJudge")
         from openai import OpenAI
         self.url, self.model, self.question, self.to_number = url, model, question, to_number
         self.workers, self.tries = workers, tries
-        key = None if "OPENAI_API_KEY" in os.environ else "none"  # local servers want none
-        self.client = OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=tries - 1)
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()  # local servers want none
+        self.client = OpenAI(base_url=url, api_key=self.key or "none", timeout=timeout,
+                             max_retries=tries - 1)
 
     def ask(
         self,
@@ -153,9 +156,10 @@ class VisionJudge:
                 break
             except ValueError as error:
                 reason = str(error)
-        reason = reason.replace(os.environ.get("OPENAI_API_KEY") or "\0", "…")[:300]
-        raise ValueError(f"the judge {self.model!r} at {self.url} gives no answer of use about "
-                         f"{prompt!r}: {reason}")
+        url = re.sub(r"//[^/@]*@", "//", self.url)  # without a password
+        said = (f"the judge {self.model!r} at {url} gives no answer of use about {prompt!r}: "
+                f"{reason}")
+        raise ValueError(said.replace(self.key or "\0", "…")[:500])
 
     def __call__(
         self,

@@ -31,9 +31,7 @@ from ddpo_scratch.checks import (
     check_installed,
     check_policy_arguments,
     check_reward_fn,
-    check_rewards,
     check_size,
-    reward_name,
 )
 from .lora import LORA_TARGETS, AdapterOff, add_lora, check_lora, trained_weights
 from .loss import compute_loss
@@ -60,7 +58,7 @@ from ddpo_scratch.prompts import (
     emoji_common_animal_prompts,
     imagenet_animal_prompts,
 )
-from .rewards import Scorer, WeightedSum, parts_of
+from .rewards import Scorer, WeightedSum, ask, parts_of
 from ddpo_scratch.sampling import (
     ddim_schedule,
     decoding_fn,
@@ -237,8 +235,7 @@ def sample_and_calculate_rewards(
     check_reward_fn(reward_fn)
     imgs, all_step_preds, log_probs = sample_pictures(
         prompts, pipe, image_size, cfg, num_timesteps, decoding_fn, device, eta, generator)
-    rewards = check_rewards(reward_fn(imgs, list(prompts)), prompts, reward_name(reward_fn))
-    return imgs, rewards, all_step_preds, log_probs
+    return imgs, ask(reward_fn, imgs, prompts), all_step_preds, log_probs
 
 # %% ../nbs/06_training.ipynb 14
 def raw_scores(
@@ -251,9 +248,8 @@ def raw_scores(
     if isinstance(reward_fn, WeightedSum):
         scores = {f"reward_{name}": part for name, part in reward_fn.parts(images, prompts).items()}
     else:
-        scores = {"reward": check_rewards(
-            reward_fn(images, list(prompts)), prompts, reward_name(reward_fn))}
-    return scores | {f"eval_{name}": check_rewards(fn(images, list(prompts)), prompts, name)
+        scores = {"reward": ask(reward_fn, images, prompts)}
+    return scores | {f"eval_{name}": ask(fn, images, prompts, name)
                      for name, fn in eval_rewards.items()}
 
 
@@ -285,6 +281,13 @@ def has_a_place_of_its_own(
                    for place in places)
 
 
+def here() -> Callable[[], None]:
+    "Makes this thread's GPU another thread's, too."
+    if not torch.cuda.is_available():
+        return lambda: None
+    return partial(torch.cuda.set_device, torch.cuda.current_device())
+
+
 class OneBehind:
     "Scores a batch while the next one is drawn, in a thread; or at once, where `beside` is False."
 
@@ -295,7 +298,7 @@ class OneBehind:
         beside: bool,
     ):
         self.score, self.samples, self.waiting = score, samples, None
-        self.pool = ThreadPoolExecutor(1) if beside else None
+        self.pool = ThreadPoolExecutor(1, initializer=here()) if beside else None
 
     def put(self, images: np.ndarray, prompts: list[str], *walk: torch.Tensor) -> None:
         "The batch before is waited for."
@@ -516,11 +519,12 @@ def train(
             for batch in progress_bar(batches[len(now.samples):], parent=bar):
                 noise = noise_sources(config.seed, TRAINING, (epoch * count + batch).tolist())
                 prompts = [now.prompts[i] for i in batch]
-                with in_precision(config.precision, unet):
-                    images, *walk = sample_pictures(
-                        prompts, pipe, config.img_size, config.cfg, config.num_timesteps,
-                        decoding_fn, pipe.device, config.eta, noise)
-                behind.put(images, prompts, *(part.cpu() for part in walk))
+                if prompts:  # of several processes, one may have a batch less
+                    with in_precision(config.precision, unet):
+                        images, *walk = sample_pictures(
+                            prompts, pipe, config.img_size, config.cfg, config.num_timesteps,
+                            decoding_fn, pipe.device, config.eta, noise)
+                    behind.put(images, prompts, *(part.cpu() for part in walk))
                 on_batch()
         if now.advantages is None: now.samples = gathered(now.samples)
         scores, all_step_preds, log_probs = zip(*now.samples)

@@ -341,6 +341,53 @@ def test_logs():
         assert not (Path(runs) / "none").exists()
 
 
+OWN = """
+from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum
+
+def redness(images, prompts):
+    images[:] = images[..., :1]
+    return images[..., 0].mean((1, 2))
+
+small = JPEGCompressibility()
+both = WeightedSum({"red": redness, "small": small}, {"red": 1.0, "small": 2.0})
+
+def broken(images, prompts):
+    return float("a number")
+"""
+
+
+def test_rewards_of_ones_own_are_resumed():
+    "By file: a function in a sum, a sum, an object of a known class; the names are found again."
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "mine.py").write_text(OWN)
+        rewards = ("mine.py:redness:0.5,animal", "mine.py:both", "mine.py:small")
+        for number, name in enumerate(rewards):
+            lines, wrong = called(folder, *FLAGS, "--reward", name, "--name", str(number),
+                                  "--eval_rewards", "mine.py:small" if number < 2 else "None")
+            assert wrong is None
+            path = Path(folder) / "runs" / str(number)
+            ran = yaml.safe_load((path / "config.yaml").read_text())
+            file = f"{Path(folder).resolve()}/mine.py"
+            assert ran["reward"].startswith(f"{file}:{name.split(':')[1].split(',')[0]}")
+            rows = list(csv.DictReader((path / "metrics.csv").open()))
+            parts = ({"reward_redness", "reward_animal"}, {"reward_red", "reward_small"}, set())
+            assert parts[number] <= rows[0].keys() and (number == 2) != ("eval_small" in rows[0])
+            if number < 2:  # the first reward writes into its pictures; the other does not see it
+                assert float(rows[0]["eval_small"]) < -1
+            card = next(path.glob("pipeline/README.md")).read_text()
+            assert folder not in card and "mine.py:" in card
+            lines, wrong = called(folder, "--resume", f"runs/{number}", "--num_epochs", "3")
+            assert wrong is None and any(line.startswith("epoch   3") for line in lines), wrong
+            assert len(list(csv.DictReader((path / "metrics.csv").open()))) == 3
+        with pytest.raises(ValueError, match="could not convert") as left:
+            called(folder, *FLAGS, "--reward", "mine.py:broken", "--eval_rewards", "None")
+        assert "broken" in [frame.name for frame in left.traceback]
+        wrong = called(folder, "--plan", "--reward", "mine.py:rednes")[1]
+        assert "no 'rednes' in mine.py. Did you mean 'redness'" in wrong
+        wrong = called(folder, *FLAGS, "--reward", "mine.py:OWN", "--name", "never")[1]
+        assert wrong.startswith("ddpo_train: the reward 'mine.py:OWN': there is no 'OWN'")
+
+
 def test_what_plain_diffusers_draws_is_measured():
     "The same pictures as a pipeline draws that was saved and opened; LoRA over half a base, too."
     prompts, pipe = ["a fox", "an owl", "a cat"], load_pipeline("emoji", "cpu")

@@ -34,6 +34,7 @@ from ddpo_scratch.rewards import (
     load_judge,
     make_eval_rewards,
     make_reward,
+    make_rewards,
     name_animals,
     picture_tensor,
     share_right,
@@ -417,6 +418,16 @@ def test_rewards_of_ones_own_by_name():
         both = make_reward(f"{path}:redness:0.5,animal,{path}:certain:-2")
         assert both.weights == {"redness": 0.5, "animal": 1.0, "certain": -2.0}
         assert make_reward("operator:sub")(3, 1) == 2  # of a module
+        spaced = make_reward(f"{path} : certain", "cpu")
+        assert spaced is there
+        path.write_text(OWN.replace("[..., 0]", "[..., 1]"))  # of the same length
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        green = make_reward(f"{path}:redness")(images, prompts)
+        assert (green == images[..., 1].mean((1, 2))).all()
+        (Path(folder) / "a,b").mkdir()
+        (Path(folder) / "a,b" / "c.py").write_text(OWN)
+        with pytest.raises(ValueError, match="commas stand between rewards"):
+            make_rewards([f"{folder}/a,b/c.py:redness"], "cpu")
         for name, match in (
                 (f"{folder}/none.py:redness", "there is no file '.*none.py'"),
                 (f"{path}:rednes", "no 'rednes' in .*my rewards.py. Did you mean 'redness'"),
@@ -424,6 +435,7 @@ def test_rewards_of_ones_own_by_name():
                 (f"{path}:redness:x", "weight of .*redness must be a number, not 'x'"),
                 (f"{path}", "unknown reward .*rewards.py:redness"),
                 ("nowhere.at_all:redness", "module 'nowhere.at_all' cannot be imported.*file"),
+                ("./some:redness", "cannot be imported"),
                 (f"{path}:redness,{path}:redness", "stands twice"),
                 ("a:1", "unknown reward 'a:1'")):
             with pytest.raises(ValueError, match=match): make_reward(name)

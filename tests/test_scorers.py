@@ -33,7 +33,7 @@ def pictures():
 
 def test_clip_score_for_any_model():
     "Cosines in NumPy of what open_clip's own preprocessing and encoders give; weights from a file."
-    for mode in ("shortest", "squash"):
+    for mode, how in (("shortest", "bicubic"), ("squash", "bilinear")):
         with TemporaryDirectory() as folder:
             config = {"embed_dim": 32, "vision_cfg": {
                 "image_size": 64, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
@@ -43,11 +43,11 @@ def test_clip_score_for_any_model():
             open_clip.add_model_config(folder)
             torch.manual_seed(0)
             clip, _, preprocess = open_clip.create_model_and_transforms(
-                "tiny-clip", image_resize_mode=mode, image_interpolation="bicubic")
+                "tiny-clip", image_resize_mode=mode, image_interpolation=how)
             torch.save(clip.state_dict(), f"{folder}/weights.pt")
             reward_fn = CLIPScore("cpu", batch_size=2, model="tiny-clip",
                                   pretrained=f"{folder}/weights.pt").ready()
-        reward_fn.clip_model.visual.preprocess_cfg["resize_mode"] = mode
+        reward_fn.clip_model.visual.preprocess_cfg |= dict(resize_mode=mode, interpolation=how)
         with torch.no_grad():
             seen = clip.eval().encode_image(torch.stack(
                 [preprocess(Image.fromarray(image)) for image in pictures()])).numpy()
@@ -156,7 +156,7 @@ def test_a_judge_that_stays_away():
     pytest.importorskip("openai")
     image, prompt = np.zeros((1, 8, 8, 3), np.uint8), ["a fox"]
     with chat_server() as (site, url), patch.dict(os.environ, {"OPENAI_API_KEY": "sk-secret"}):
-        for kind, reason in (("closed", "401"), ("wordy", "no number from 0 to 10 in the answer")):
+        for kind, reason in (("closed", "401"), ("wordy", "no number from 0 to 10")):
             match = f"'{kind}' at {url} .*'a fox': .*{reason}"
             with pytest.raises(ValueError, match=match) as left:
                 VisionJudge(url, kind, tries=2)(image, prompt)
@@ -164,9 +164,13 @@ def test_a_judge_that_stays_away():
         with pytest.raises(ValueError, match="VisionJudge: 1 pictures and 2 prompts"):
             VisionJudge(url, "well")(image, ["a", "b"])
     with pytest.raises(ValueError, match="http://127.0.0.1:9/v1 gives no answer.*[Cc]onnect"):
-        VisionJudge("http://127.0.0.1:9/v1", "well", tries=1)(image, prompt)
+        VisionJudge("http://me:hunter2@127.0.0.1:9/v1", "well", tries=1)(image, prompt)
+    with patch.dict(os.environ, {"OPENAI_API_KEY": "sk-secret\n"}):
+        assert VisionJudge("http://127.0.0.1:9/v1", "well").client.api_key == "sk-secret"
     for answer, number in (("7", 7), ("Score: 8.5/10", 8.5), ("0", 0), ("**3**", 3), ("-1", None),
-                           ("11", None), ("v2 is best", None), ("", None)):
+                           ("11", None), ("v2 is best", None), ("", None), ("8,5", None),
+                           ("<think>I see 2</think> 9", 9), ("7 out of 10.", 7), ("3rd", None),
+                           ("On a scale of 0 to 10, a 7", None), ("3 of the 4, so 7", None)):
         if number is None:
             with pytest.raises(ValueError, match="no number from 0 to 10"): number_in(answer)
         else:
