@@ -281,6 +281,7 @@ def check_weight(
 COUNTS = ("num_samples_per_epoch", "samples_per_prompt", "num_epochs", "num_inner_epochs",
           "num_timesteps", "batch_size", "sample_batch_size", "num_eval_samples", "img_size",
           "buffer_size", "min_count", "gradient_accumulation", "save_every", "keep")
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 POSITIVE = ("eta", "lr", "max_grad_norm", "clip_advantages", "clip_ratio")
 
 
@@ -308,7 +309,7 @@ def check_field(
     if name == "log_with" and value not in (None, "tensorboard", "wandb"):
         raise ValueError(f"log_with must be 'tensorboard', 'wandb' or None, not {value!r}.")
     if name == "push_to_hub" and value is not None and not (
-            isinstance(value, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", value)):
+            isinstance(value, str) and HUB_NAME.fullmatch(value)):
         raise ValueError(f"push_to_hub must be a name on the hub, owner/name, not {value!r}.")
     if name == "precision" and value not in list(DTYPES):
         raise ValueError(f"precision must be {' or '.join(map(repr, DTYPES))}, not {value!r}.")

@@ -52,7 +52,7 @@ from ddpo_scratch.checkpoints import (
     stop_after_a_batch,
     write_file,
 )
-from .checks import check_field, check_reward_fn
+from .checks import HUB_NAME, check_field, check_reward_fn
 from .lora import adapters_of
 from .pipelines import load_pipeline, pipeline_source
 from .plan import make_plan, plan_text
@@ -588,7 +588,7 @@ def model_card(
     lora: bool,          # whether an adapter was trained
 ) -> str:
     "What was trained and how, and the code that opens it and draws with its own sampler."
-    here, is_hub = "path/to/this/folder", re.fullmatch(r"[\w.-]+/[\w.-]+", config.pipeline)
+    here, is_hub = "path/to/this/folder", HUB_NAME.fullmatch(config.pipeline)
     base = "path/to/" * Path(config.pipeline).is_absolute() + without_folders(config.pipeline)
     config = replace(config, **{name: without_folders(getattr(config, name)) for name in (
         "pipeline", "prompts", "reward", "eval_rewards")})

@@ -5,7 +5,8 @@
 # %% auto 0
 __all__ = ['Scorer', 'MLP', 'load_aesthetic_model_weights', 'aesthetic_model_normalize', 'aesthetic_scoring', 'AestheticReward',
            'JPEGIncompressibility', 'JPEGCompressibility', 'load_classifier', 'AnimalReward', 'load_judge',
-           'name_animals', 'share_right', 'RightAnimal', 'WeightedSum', 'make_reward', 'make_eval_rewards']
+           'name_animals', 'right_ones', 'share_right', 'RightAnimal', 'WeightedSum', 'make_reward',
+           'make_eval_rewards']
 
 # %% ../nbs/03_rewards.ipynb 3
 import difflib
@@ -362,14 +363,23 @@ def name_animals(
     return [emoji_animals()[index] for index in animal_logits(images, network).argmax(1).tolist()]
 
 
+def right_ones(
+    images: np.ndarray | torch.Tensor,  # in either form
+    prompts: Sequence[str],             # B, each with one animal
+    judge: nn.Module,                   # from `load_judge`
+) -> list[bool]:
+    "In which pictures the judge sees the animal that was asked for."
+    return [animal_in(prompt) == name
+            for prompt, name in zip(prompts, name_animals(images, judge))]
+
+
 def share_right(
     images: np.ndarray,      # uint8, [B, H, W, 3]
     prompts: Sequence[str],  # B, each with one animal
     judge: nn.Module,        # from `load_judge`
 ) -> float:                  # 0 … 1
     "The share of pictures in which the judge sees the animal that was asked for."
-    seen = name_animals(images, judge)
-    return float(np.mean([animal_in(prompt) == name for prompt, name in zip(prompts, seen)]))
+    return float(np.mean(right_ones(images, prompts, judge)))
 
 
 class RightAnimal(Scorer):
@@ -379,8 +389,7 @@ class RightAnimal(Scorer):
         self.judge = load_judge()
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        seen = name_animals(images, self.judge)
-        return torch.tensor([animal_in(prompt) == name for prompt, name in zip(prompts, seen)])
+        return torch.tensor(right_ones(images, prompts, self.judge))
 
 # %% ../nbs/03_rewards.ipynb 39
 def spread_of(
@@ -454,20 +463,17 @@ class WeightedSum:
             given[name] = ask(reward_fn, images, prompts, name)
         return given
 
-    def settle(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        "Take means and deviations from what `parts` gave; the weighted sum of it, [B]."
-        self.units = {name: origin_and_unit(rewards.numpy()) if self.scaled else (0.0, 1.0)
-                      for name, rewards in parts.items()}
-        return self.total(parts)
-
     def total(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
+        "The weighted sum of what `parts` gave, [B]; means and deviations are taken the first time."
+        if not self.units:
+            self.units = {name: origin_and_unit(rewards.numpy()) if self.scaled else (0.0, 1.0)
+                          for name, rewards in parts.items()}
         counted = [self.weights[name] * (rewards - self.units[name][0]) / self.units[name][1]
                    for name, rewards in parts.items()]
         return torch.stack(counted).sum(0)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> torch.Tensor:
-        parts = self.parts(images, prompts)
-        return self.total(parts) if self.units else self.settle(parts)
+        return self.total(self.parts(images, prompts))
 
 # %% ../nbs/03_rewards.ipynb 44
 REWARDS = {  # where each is found

@@ -261,8 +261,7 @@ def with_total(
     scores = {name: torch.cat([batch[name] for batch in scores]) for name in scores[0]}
     if isinstance(reward_fn, WeightedSum):
         parts = {name: scores[f"reward_{name}"] for name in reward_fn.rewards}
-        total = reward_fn.total(parts) if reward_fn.units else reward_fn.settle(parts)
-        scores = {"reward": total} | scores
+        scores = {"reward": reward_fn.total(parts)} | scores
     return scores
 
 # %% ../nbs/06_training.ipynb 15
