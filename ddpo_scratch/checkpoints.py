@@ -21,12 +21,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers.utils import logging
 
 from .lora import adapters_of, save_lora
+from .models import family_of, network_of
 from .processes import gathered, processes
 
 # %% ../nbs/13_checkpoints.ipynb 5
@@ -60,19 +61,20 @@ def write_file(
 
 # %% ../nbs/13_checkpoints.ipynb 7
 def save_trained(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     folder: Path,  # is there
     files: dict[str, bytes] = {},  # what else is put beside it, by name
 ) -> Path:         # pipeline/ in it, or lora/ where the UNet has an adapter
     "What training has made of the pipeline, at one stroke."
-    path = folder / ("lora" if adapters_of(pipe.unet) else "pipeline")
+    has_adapter = bool(adapters_of(network_of(pipe)))
+    path = folder / ("lora" if has_adapter else "pipeline")
     if not processes().is_main_process:
         return path
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # transformers has one for every model that it writes
     try:
         with at_one_stroke(path) as part:
-            if adapters_of(pipe.unet): save_lora(pipe, part)
+            if has_adapter: save_lora(pipe, part)
             else: pipe.save_pretrained(part)
             for name, content in files.items(): (part / name).write_bytes(content)
     finally:
@@ -81,18 +83,19 @@ def save_trained(
 
 
 def load_trained(
-    pipe: StableDiffusionPipeline,  # of the same kind, with its adapter if there is one
+    pipe: DiffusionPipeline,  # of the same kind, with its adapter if there is one
     folder: Path,                   # of `save_trained`
 ) -> None:
-    "The weights that `save_trained` has saved, into the pipeline's UNet."
-    if adapters := list(adapters_of(pipe.unet)):
+    "The weights that `save_trained` has saved, into the pipeline's UNet or transformer."
+    part, network = family_of(pipe).network, network_of(pipe)
+    if adapters := list(adapters_of(network)):
         weights = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-        weights = {name.removeprefix("unet."): weight for name, weight in weights.items()}
-        set_peft_model_state_dict(pipe.unet, weights, adapter_name=adapters[0])
+        weights = {name.removeprefix(f"{part}."): weight for name, weight in weights.items()}
+        set_peft_model_state_dict(network, weights, adapter_name=adapters[0])
     else:
-        saved = UNet2DConditionModel.from_pretrained(
-            folder / "pipeline", subfolder="unet", torch_dtype=pipe.unet.dtype)
-        pipe.unet.load_state_dict(saved.state_dict())
+        saved = type(network).from_pretrained(
+            folder / "pipeline", subfolder=part, dtype=network.dtype)
+        network.load_state_dict(saved.state_dict())
 
 # %% ../nbs/13_checkpoints.ipynb 9
 def random_states() -> dict:
@@ -171,7 +174,7 @@ def sums_of(
 def save_checkpoint(
     folder: Path,                   # of all checkpoints of a run; is made
     keep: int,                      # so many of the newest stay
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     state,                          # `TrainingState`
     run: dict,                      # what else is to be remembered, plain values
 ) -> Path:                          # of the new one
@@ -234,7 +237,7 @@ def newest_intact(
 
 def load_checkpoint(
     path: Path,                     # of `save_checkpoint`
-    pipe: StableDiffusionPipeline,  # the base of the run
+    pipe: DiffusionPipeline,  # the base of the run
     state,                          # `TrainingState`, as made for it
 ) -> dict:                          # what else was remembered
     "Back to where the run was."

@@ -16,43 +16,43 @@ from functools import partial
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
+from .models import family_of, is_flow, network_of
 from .precision import DTYPES
 
 # %% ../nbs/90_checks.ipynb 5
 def check_pipe(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
 ) -> None:
     "`TypeError` or `ValueError` for a pipeline whose steps are not the policy of chapter 2."
-    if not isinstance(pipe, StableDiffusionPipeline):
-        raise TypeError("pipe must be a StableDiffusionPipeline, as load_pipeline gives it, "
-                        f"not a {type(pipe).__name__}.")
-    if not isinstance(pipe.scheduler, DDIMScheduler):
+    family = family_of(pipe)
+    if not isinstance(pipe.scheduler, DDIMScheduler) and not is_flow(pipe.scheduler):
         raise TypeError(f"the pipeline's scheduler is a {type(pipe.scheduler).__name__}; the "
-                        "policy is DDIM's step. Use load_pipeline, or set "
+                        "policy is DDIM's step, or a flow model's. Use load_pipeline, or set "
                         "pipe.scheduler = ddim_scheduler(pipe.scheduler.config).")
-    if pipe.scheduler.config.thresholding:
+    if pipe.scheduler.config.get("thresholding"):
         raise ValueError("the scheduler thresholds x_0 dynamically, which is not a latent model's; "
                          "set thresholding=False.")
     if pipe.tokenizer.model_max_length > 1_000_000:
         raise ValueError("the tokenizer does not say how many tokens the text encoder reads: its "
                          "files are missing or damaged.")
-    takes, gives = pipe.unet.config.in_channels, pipe.unet.config.out_channels
-    latent = pipe.vae.config.latent_channels
+    network, latent = network_of(pipe), pipe.vae.config.latent_channels * family.packed
+    takes = network.config.in_channels
+    gives = network.config.out_channels or takes
     if not takes == gives == latent:
-        raise ValueError(f"the UNet takes {takes} channels and gives {gives}, where the VAE's "
-                         f"latents have {latent}: all must be the same. (Models for inpainting "
+        raise ValueError(f"the {family.network} takes {takes} channels and gives {gives}, where "
+                         f"the latents have {latent}: all must be the same. (Models for inpainting "
                          "take nine, those that edit pictures eight; a prompt is not enough.)")
 
 # %% ../nbs/90_checks.ipynb 6
 def check_policy_arguments(
-    prompts: list[str],             # at least one, all strings
-    pipe: StableDiffusionPipeline,  # with a DDIM scheduler
-    guidance_scale: float,          # a finite number
-    num_inference_steps: int,       # at least 1
-    eta: float,                     # above 0
+    prompts: list[str],        # at least one, all strings
+    pipe: DiffusionPipeline,   # with a DDIM scheduler, or a flow model's
+    guidance_scale: float,     # a finite number
+    num_inference_steps: int,  # at least 1
+    eta: float,                # above 0
 ) -> None:
     "`TypeError` or `ValueError` where `sd_sample` or `compute_loss` could not work."
     check_pipe(pipe)
@@ -73,18 +73,19 @@ def check_policy_arguments(
     if not isinstance(guidance_scale, numbers.Real) or not math.isfinite(guidance_scale):
         raise ValueError("guidance_scale must be a finite number (at most 1: no guidance), "
                          f"not {guidance_scale!r}.")
+    family_of(pipe).check_guidance(pipe, guidance_scale)
 
 # %% ../nbs/90_checks.ipynb 7
 def check_size(
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     **sides: int,  # pixels by name, such as height=512
 ) -> None:
-    "`ValueError` for a picture size that is no multiple of the VAE's down-sampling factor."
-    factor = pipe.vae_scale_factor
+    "`ValueError` for a picture size that is no multiple of the VAE's factor, times a patch's side."
+    factor = pipe.vae_scale_factor * family_of(pipe).patch
     for side, pixels in sides.items():
         if not isinstance(pixels, numbers.Integral) or pixels < factor or pixels % factor:
-            raise ValueError(f"{side} must be a positive multiple of {factor} pixels, the VAE's "
-                             f"factor, not {pixels!r}.")
+            raise ValueError(f"{side} must be a positive multiple of {factor} pixels, not "
+                             f"{pixels!r}: so many stand for one step of the latents.")
 
 
 def check_generators(

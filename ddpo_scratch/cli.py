@@ -34,7 +34,7 @@ import torch
 import tyro
 import yaml
 from accelerate.tracking import TensorBoardTracker, WandBTracker
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from filelock import FileLock, Timeout
 from huggingface_hub import HfApi
 from matplotlib.figure import Figure
@@ -54,9 +54,10 @@ from ddpo_scratch.checkpoints import (
 )
 from .checks import HUB_NAME, check_field, check_reward_fn
 from .lora import adapters_of
-from .pipelines import load_pipeline, pipeline_source
+from .models import family_of, is_flow, latents_shape, network_of
+from .pipelines import EMBEDDED, load_pipeline, pipeline_source
 from .plan import make_plan, plan_text
-from .precision import in_its_own_type, in_precision
+from .precision import frozen_type, in_its_own_type, in_precision
 from .processes import from_the_first, gathered, processes, say
 from .prompts import PromptFile
 from ddpo_scratch.rewards import (
@@ -238,7 +239,7 @@ def run_folder(
 # %% ../nbs/08_cli.ipynb 10
 def what_ran(
     config: DDPOConfig,
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompt_fn: Callable,
     reward_fn: Callable,
     eval_rewards: Mapping[str, Callable] = {},
@@ -335,7 +336,7 @@ def check_unchanged(
 
 
 def fingerprint(
-    unet: UNet2DConditionModel,
+    unet: torch.nn.Module,
 ) -> str:
     "Tells a UNet from another one, or from itself after training: SHA-256 of its first weights."
     first = [weight.detach().float().cpu().numpy().tobytes()
@@ -447,7 +448,7 @@ class Progress:
     def __init__(
         self,
         config: DDPOConfig,
-        pipe: StableDiffusionPipeline,
+        pipe: DiffusionPipeline,
         prompts: list[str],
         folder: Path,           # gets progress.png and progress.gif
         looks: dict[str, torch.Tensor],  # pictures by title; of a run that is resumed, its own
@@ -475,21 +476,23 @@ class Progress:
 # %% ../nbs/08_cli.ipynb 17
 def plain_reward(
     config: DDPOConfig,
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: list[str],   # the first 64 of them are drawn
     reward_fn: Callable,  # (images, prompts) → one number each
 ) -> float:               # mean
     "The reward of what `pipe(prompt)` draws by itself, each prompt always from the same noise."
     rewards, bar = [], getattr(pipe, "_progress_bar_config", {})
+    network, shape = network_of(pipe), latents_shape(pipe, 1, config.img_size, config.img_size)
     at_a_time = config.sample_batch_size if config.cfg > 1 else -(-config.sample_batch_size // 2)
     pipe.set_progress_bar_config(disable=True)
     for batch in sampling_batches(len(prompts[:64]), at_a_time):  # guidance doubles its rows
         if len(batch) == 0: continue
         asked = [prompts[i] for i in batch]
         noise = noise_sources(config.seed, EVALUATION, batch.tolist())
-        with in_precision(config.precision, pipe.unet), in_its_own_type(pipe.unet):
-            drawn = pipe(asked, config.img_size, config.img_size, generator=noise,
+        with in_precision(config.precision, network), in_its_own_type(network):
+            drawn = pipe(asked, height=config.img_size, width=config.img_size, generator=noise,
                          output_type="latent").images
+        drawn = family_of(pipe).unpacked(drawn, *shape[2:])
         images = decoding_fn(drawn, pipe)
         rewards.append(ask(reward_fn, images, asked))
     pipe.set_progress_bar_config(**bar)
@@ -498,7 +501,7 @@ def plain_reward(
 
 def first_look(
     config: DDPOConfig,
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompt_fn: Callable[[], str],
     reward_fn: Callable,
     eval_rewards: Mapping[str, Callable],
@@ -516,7 +519,7 @@ def first_look(
 
 def last_look(
     config: DDPOConfig,
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     reward_fn: Callable,
     eval_rewards: Mapping[str, Callable],
     folder: Path,    # gets after.png and evaluation.csv
@@ -531,8 +534,11 @@ def last_look(
               f"{before[name].mean():.4f} before, {after[name].mean():.4f} after"
               for name in before if name != "reward"]
     plain = plain_reward(config, pipe, prompts, reward_fn)
-    lines.append(f"the first {len(prompts[:64])} drawn by pipe(prompt) alone, 50 steps without "
-                 f"noise, guidance 7.5: reward {run['plain']:.4f} before, {plain:.4f} after")
+    usual = inspect.signature(pipe.__call__).parameters
+    steps, guidance = (usual[name].default for name in ("num_inference_steps", "guidance_scale"))
+    lines.append(f"the first {len(prompts[:64])} drawn by pipe(prompt) alone, {steps} steps "
+                 f"without noise, guidance {guidance}: reward {run['plain']:.4f} before, "
+                 f"{plain:.4f} after")
     for line in lines: say(line)
     save_pictures(folder / "after.png", prompts, images, after["reward"])
     columns = {f"{name}_{when}".removeprefix("reward_"): scores[name].tolist() for name in before
@@ -545,7 +551,7 @@ def last_look(
 # %% ../nbs/08_cli.ipynb 18
 CARD = """---
 {base}library_name: diffusers
-tags: [text-to-image, stable-diffusion, reinforcement-learning, ddpo{lora}]
+tags: [text-to-image, {kind}, reinforcement-learning, ddpo{lora}]
 ---
 # {pipeline}, trained on the reward `{reward}`
 
@@ -556,13 +562,12 @@ Trained with DDPO (Black et al. 2023, arXiv:2305.13301) by `ddpo_scratch`, on pr
 
 ![mean reward over the epochs](reward_curve.png)
 
-It was trained to draw in {num_timesteps} steps with noise (DDIM, eta {eta:g}), guidance {cfg:g},
-{img_size} pixels, in {precision}. Unless another sampler is named, the numbers above hold for this:
+It was trained to draw in {num_timesteps} steps with noise ({walk}), guidance {cfg:g},
+{img_size} pixels, in {precision}. Unless another sampler is named, the numbers above are of {this}:
 
 ```python
 {opening}
-pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-picture = pipe({example!r}, num_inference_steps={num_timesteps}, eta={eta}, guidance_scale={cfg},
+picture = pipe({example!r}, num_inference_steps={num_timesteps},{eta_argument} guidance_scale={cfg},
                height={img_size}, width={img_size}).images[0]
 ```
 
@@ -583,24 +588,35 @@ def without_folders(
 
 def model_card(
     config: DDPOConfig,  # as it ran
+    pipe: DiffusionPipeline,
     run: dict,           # of `first_look`
     verdict: str,
     lora: bool,          # whether an adapter was trained
 ) -> str:
     "What was trained and how, and the code that opens it and draws with its own sampler."
+    flow, name = is_flow(pipe.scheduler), family_of(pipe).pipeline.__name__
     here, is_hub = "path/to/this/folder", HUB_NAME.fullmatch(config.pipeline)
     base = "path/to/" * Path(config.pipeline).is_absolute() + without_folders(config.pipeline)
     config = replace(config, **{name: without_folders(getattr(config, name)) for name in (
         "pipeline", "prompts", "reward", "eval_rewards")})
-    load = f'StableDiffusionPipeline.from_pretrained("{base if lora else here}")'
-    lines = ["from diffusers import DDIMScheduler, StableDiffusionPipeline", "", f"pipe = {load}"]
+    parts = "".join(f", {part}=None" for part in ("text_encoder_3", "tokenizer_3")
+                    if getattr(pipe, part, "") is None)  # of which diffusers wants to be told
+    load = f'{name}.from_pretrained("{base if lora else here}"{parts})'
+    imports = [name] if flow else ["DDIMScheduler", name]
+    lines = [f"from diffusers import {', '.join(imports)}", "", f"pipe = {load}"]
     if lora: lines.append(f'pipe.load_lora_weights("{here}")')
-    if lora and config.pipeline == "emoji":
+    if lora and config.pipeline in EMBEDDED:
         lines[:3] = ["from ddpo_scratch.all import load_pipeline",
-                     "from diffusers import DDIMScheduler", "", 'pipe = load_pipeline("emoji")']
+                     *(["from diffusers import DDIMScheduler"] * (not flow)), "",
+                     f'pipe = load_pipeline("{base}")']
+    if not flow: lines.append("pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)")
     return CARD.format(
         **asdict(config), base=f"base_model: {config.pipeline}\n" if is_hub else "",
         lora=", lora" if lora else "", opening="\n".join(lines), example=run["prompts"][0],
+        kind="stable-diffusion" if name.startswith("Stable") else "flux",
+        walk=f"a flow model's walk, a = {config.eta:g}" if flow else f"DDIM, eta {config.eta:g}",
+        this="that walk;\n`diffusers` has its own, without noise" if flow else "this",
+        eta_argument="" if flow else f" eta={config.eta},",
         verdict="\n".join(f"- {line}" for line in verdict.splitlines()),
         settings=as_yaml(asdict(config)))
 
@@ -638,7 +654,7 @@ class Log:
 # %% ../nbs/08_cli.ipynb 21
 def run_training(
     config: DDPOConfig,
-    pipe: StableDiffusionPipeline,     # its UNet is trained in place
+    pipe: DiffusionPipeline,     # its UNet is trained in place
     prompt_fn: Callable[[], str],
     reward_fn: Callable,               # (images, prompts) → one number each
     folder: str | Path,                # new or empty, and is made; or, to resume, the run's
@@ -659,7 +675,7 @@ def run_training(
     if resume:
         check_resumable(config, folder)
         checkpoint = from_the_first(lambda: newest_intact(folder / "checkpoints"))
-    base = fingerprint(pipe.unet)
+    base = fingerprint(network_of(pipe))
     with unfinished_until_the_end(folder, resume):
         if (folder / "versions.yaml").exists(): check_base(base, folder)
         else: write_file(folder / "versions.yaml", as_yaml(versions() | {"untrained_unet": base}))
@@ -693,11 +709,12 @@ def run_training(
                 save()
                 raise
         line = last_look(config, pipe, reward_fn, eval_rewards, folder, run)
-        card = model_card(config, run, line, bool(adapters_of(pipe.unet)))
+        has_adapter = bool(adapters_of(network_of(pipe)))
+        card = model_card(config, pipe, run, line, has_adapter)
         curve = png_bytes(reward_curve(state.history, without_folders(config.reward)))
         save_trained(pipe, folder, {"README.md": card.encode(), "reward_curve.png": curve})
         remove_old(folder / "checkpoints", 1)
-    if not adapters_of(pipe.unet):
+    if not has_adapter:
         pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # what it is now
     say(f"curve, pictures and what was trained are in {folder}")
     if config.push_to_hub:
@@ -746,7 +763,7 @@ def flags_type(
             frozen=True)
         groups.append(flag(group, part, meaning, part()))
     return make_dataclass("ddpo_train", [
-        flag("preset", str, f"which defaults: {' or '.join(PRESETS)}", "emoji"),
+        flag("preset", str, f"which defaults: {', '.join(PRESETS)}", "emoji"),
         flag("config", str | None, "a YAML file with settings, such as a run's config.yaml", None),
         flag("plan", bool, "only say what memory, operations and time it takes (computed)", False),
         flag("name", str | None, "of the folder in runs/; None: pipeline, reward, a number", None),
@@ -864,7 +881,7 @@ def prepare(
     if only_plan:
         say(plan_text(config, make_plan(config)))
         sys.exit()
-    pipe = load_pipeline(config.pipeline, config.device)
+    pipe = load_pipeline(config.pipeline, config.device, frozen_type(config))
     check_run(config, pipe)
     try:
         reward_fn = make_reward(config.reward, pipe.device, config.scale_rewards)

@@ -9,52 +9,54 @@ __all__ = ['add_lora', 'save_lora']
 import os
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+
+from .models import family_of, network_of
 
 # %% ../nbs/11_lora.ipynb 4
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's four matrices
 
 
 def adapters_of(
-    unet: UNet2DConditionModel,
+    unet: torch.nn.Module,
 ) -> dict[str, LoraConfig]:  # by name; empty without any
     "The adapters that the UNet has."
     return getattr(unet, "peft_config", {})
 
 
 def trained_weights(
-    unet: UNet2DConditionModel,
+    unet: torch.nn.Module,
 ) -> list[torch.nn.Parameter]:  # at least one
     "The weights that are trained: all, or those of an adapter. `ValueError` if there are none."
     parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     if not parameters:
-        raise ValueError("all weights of the UNet are frozen, so there is nothing to train. Call "
-                         "pipe.unet.requires_grad_(True), or set lora_rank.")
+        raise ValueError("all weights of the network are frozen, so there is nothing to train. "
+                         "Call network_of(pipe).requires_grad_(True), or set lora_rank.")
     return parameters
 
 
 def check_lora(
-    unet: UNet2DConditionModel,
+    unet: torch.nn.Module,
     targets: tuple[str, ...],
 ) -> None:
     "`ValueError` where the UNet has an adapter, or a target names nothing that can have one."
     if adapters := adapters_of(unet):
         raise ValueError(
-            f"the UNet has an adapter already ({', '.join(adapters)}). To train that one, leave "
+            f"the network has an adapter already ({', '.join(adapters)}). To train that one, leave "
             "lora_rank at 0; to begin anew, load the pipeline without it.")
     for target in targets:
         found = [module for name, module in unet.named_modules()
                  if name == target or name.endswith("." + target)]
         if not found or not all(isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) for m in found):
-            what = f"a {type(found[0]).__name__}" if found else "no module of the UNet"
+            what = f"a {type(found[0]).__name__}" if found else "no module of the network"
             raise ValueError(f"lora_targets: {target!r} is {what}. Linear layers and convolutions "
                              "can have an adapter; usual are to_q, to_k, to_v and to_out.0.")
 
 # %% ../nbs/11_lora.ipynb 5
 def add_lora(
-    unet: UNet2DConditionModel,   # is frozen, and gets an adapter that is not
+    unet: torch.nn.Module,        # is frozen, and gets an adapter that is not
     rank: int,                    # r of the two matrices, at least 1
     alpha: float | None = None,   # what they add is scaled by alpha / rank; None: by 1
     targets: tuple[str, ...] = LORA_TARGETS,  # ends of the names of the modules that get them
@@ -73,7 +75,7 @@ def add_lora(
 class AdapterOff:
     "The UNet as it was before its adapter was trained; called like the UNet, holds no weights."
 
-    def __init__(self, unet: UNet2DConditionModel):
+    def __init__(self, unet: torch.nn.Module):
         self.unet, self.dtype = unet, unet.dtype
 
     def __call__(self, *args, **kwargs):
@@ -85,17 +87,18 @@ class AdapterOff:
 
 # %% ../nbs/11_lora.ipynb 12
 def save_lora(
-    pipe: StableDiffusionPipeline,  # whose UNet has an adapter, from `add_lora`
-    folder: str | os.PathLike,      # is made
+    pipe: DiffusionPipeline,    # whose UNet or transformer has an adapter, from `add_lora`
+    folder: str | os.PathLike,  # is made
 ) -> None:
     """The adapter as `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights(folder)`.
 
     `ValueError` where the UNet has none, or several."""
-    adapters = adapters_of(pipe.unet)
+    part, network = family_of(pipe).network, network_of(pipe)
+    adapters = adapters_of(network)
     if len(adapters) != 1:
-        raise ValueError(f"the UNet has {len(adapters)} adapters ({', '.join(adapters)}), and one "
-                         "is wanted. See add_lora, and pipe.delete_adapters.")
+        raise ValueError(f"the {part} has {len(adapters)} adapters ({', '.join(adapters)}), and "
+                         "one is wanted. See add_lora, and pipe.delete_adapters.")
     (name, config), = adapters.items()
-    pipe.save_lora_weights(
-        folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet, adapter_name=name),
-        unet_lora_adapter_metadata=config.to_dict())
+    pipe.save_lora_weights(folder, **{
+        f"{part}_lora_layers": get_peft_model_state_dict(network, adapter_name=name),
+        f"{part}_lora_adapter_metadata": config.to_dict()})

@@ -9,14 +9,15 @@ __all__ = ['clipped_surrogate', 'gaussian_kl', 'StepLoss', 'step_loss', 'compute
 from typing import NamedTuple
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from .checks import check_loss_arguments, check_policy_arguments
+from .models import Conditioning, network_of
 from ddpo_scratch.sampling import (
     Schedule,
     calculate_log_probs,
-    ddim_schedule,
     encode_prompts,
+    make_schedule,
     step_distribution,
 )
 
@@ -57,7 +58,7 @@ def step_loss(
     original_log_probs: torch.Tensor,  # [T, B]
     advantages: torch.Tensor,          # clipped, [B]
     clip_ratio: float,                 # ε
-    embeddings: torch.Tensor,          # from `encode_prompts`
+    words: Conditioning,               # from `encode_prompts`
     unet: torch.nn.Module,
     schedule: Schedule,                # on the trajectories' device
     guidance_scale: float,             # as it was when sampling
@@ -65,7 +66,7 @@ def step_loss(
     ref_unet: torch.nn.Module | None = None,  # is asked only where β is above 0
 ) -> StepLoss:
     "How likely is the action of one step now, compared with when it was taken; and is that good?"
-    state = (x_t[step].detach(), step, embeddings, schedule, guidance_scale)
+    state = (x_t[step].detach(), step, words, schedule, guidance_scale)
     mean, std = step_distribution(unet, *state)
     log_probs = calculate_log_probs(x_t[step + 1], mean, std).flatten(1).mean(1)
     losses = clipped_surrogate(log_probs, original_log_probs[step], advantages, clip_ratio)
@@ -107,7 +108,7 @@ def compute_loss(
     clip_advantages: float,            # advantages are clipped to ± this; 10 in the paper's code
     clip_ratio: float,                 # ε of the ratio's clip
     prompts: list[str],                # B prompts, as when sampling
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     num_inference_steps: int,          # T, as when sampling
     guidance_scale: float,             # as when sampling
     eta: float,                        # as when sampling
@@ -123,14 +124,14 @@ def compute_loss(
     check_policy_arguments(prompts, pipe, guidance_scale, num_inference_steps, eta)
     check_loss_arguments(x_t, original_log_probs, advantages, clip_advantages, clip_ratio, prompts,
                          num_inference_steps, timestep_fraction, kl_coef, ref_unet)
-    schedule = ddim_schedule(pipe.scheduler, num_inference_steps, eta).to(device)
-    embeddings = encode_prompts(prompts, pipe, guidance_scale, device)
+    schedule = make_schedule(pipe, num_inference_steps, eta, *x_t.shape[-2:]).to(device)
+    words = encode_prompts(prompts, pipe, guidance_scale, device)
     advantages = advantages.detach().clamp(-clip_advantages, clip_advantages)
 
     parts = []
     for step in range(trained_steps(num_inference_steps, timestep_fraction)):
-        part = step_loss(step, x_t, original_log_probs, advantages, clip_ratio, embeddings,
-                         pipe.unet, schedule, guidance_scale, kl_coef, ref_unet)
+        part = step_loss(step, x_t, original_log_probs, advantages, clip_ratio, words,
+                         network_of(pipe), schedule, guidance_scale, kl_coef, ref_unet)
         loss = share * part.loss
         (loss if scaler is None else scaler.scale(loss)).backward()
         parts.append(part._replace(loss=part.loss.detach()))

@@ -12,8 +12,9 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline
 
+from .models import FAMILIES, StableDiffusion, frozen_parts, is_flow
 from .processes import processes
 
 # %% ../nbs/00_pipelines.ipynb 6
@@ -37,15 +38,18 @@ def default_device(
     return device
 
 # %% ../nbs/00_pipelines.ipynb 7
+EMBEDDED = ("emoji", "emoji_flow")
+
+
 def pipeline_source(
     name: str | os.PathLike,  # "emoji", a local folder, or a hub id of the form "owner/model"
-) -> str:                     # what `StableDiffusionPipeline.from_pretrained` opens
+) -> str:                     # what `from_pretrained` opens
     "Where the pipeline called `name` is. `ValueError` for a name that can be none of the three."
     if not isinstance(name, (str, os.PathLike)):
         raise TypeError(f"a pipeline is named by a string or path, not by a {type(name).__name__}.")
     name = os.fspath(name)
-    if name == "emoji":
-        return str(files("ddpo_scratch") / "emoji")
+    if name in EMBEDDED:
+        return str(files("ddpo_scratch") / name)
     if (Path(name) / "model_index.json").is_file():
         return name
     owner, _, model = name.partition("/")
@@ -60,6 +64,15 @@ def pipeline_source(
         f"unknown pipeline {name!r}.{hint} Known: 'emoji' (embedded, needs no download), a folder "
         "that holds a model_index.json, or a hub id such as 'CompVis/stable-diffusion-v1-4'.")
 
+
+def borrowed(
+    source: str,  # from `pipeline_source`
+) -> dict:
+    "What the embedded flow model has from the other embedded one: all but UNet and scheduler."
+    if source != pipeline_source("emoji_flow"): return {}
+    pipe = load_pipeline("emoji", "cpu")
+    return {name: pipe.components[name] for name in ("vae", "text_encoder", "tokenizer")}
+
 # %% ../nbs/00_pipelines.ipynb 9
 def ddim_scheduler(
     config: dict,  # of any scheduler for latent diffusion, as diffusers holds it
@@ -70,7 +83,7 @@ def ddim_scheduler(
     name = config.get("_class_name", "this scheduler")
     if "beta_schedule" not in config:
         raise ValueError(f"{name} has no schedule of betas, so it cannot be turned into DDIM, "
-                         "whose steps are what is trained (flow models are not supported).")
+                         "whose steps are what is trained.")
     unsaid = {key for key in config.get("_use_default_values", ()) if not key.startswith("beta")}
     said = {key: value for key, value in config.items() if key not in unsaid}
     said.pop("_use_default_values", None)
@@ -88,28 +101,33 @@ def ddim_scheduler(
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 
 
-def check_pipeline_class(
+def family_in(
     source: str,  # from `pipeline_source`
-) -> None:
-    "`ValueError` if what is there is not a `StableDiffusionPipeline`; `OSError` if nothing is."
-    name = StableDiffusionPipeline.load_config(source).get("_class_name")
-    if name != "StableDiffusionPipeline":
+) -> tuple[StableDiffusion, dict]:  # and what model_index.json says
+    "The family of what is there. `ValueError` if it is none of the known; `OSError` for nothing."
+    found = DiffusionPipeline.load_config(source)
+    name = found.get("_class_name")
+    if name not in FAMILIES:
         raise ValueError(f"{source!r} is a {name or 'folder without a class'}; what can be trained "
-                         "is a StableDiffusionPipeline (Stable Diffusion 1.x or 2.x, from text).")
+                         f"is one of {', '.join(FAMILIES)}, which draw from a text alone.")
+    return FAMILIES[name], found
 
 # %% ../nbs/00_pipelines.ipynb 12
 def load_pipeline(
     name: str | os.PathLike = "emoji",         # "emoji", a local folder, or a hub id: "owner/model"
     device: str | torch.device | None = None,  # any torch device; None: CUDA if there is one
-) -> StableDiffusionPipeline:  # in float32, with a DDIM scheduler, VAE and text encoder frozen
-    "A Stable Diffusion made ready for reinforcement learning. `ValueError` where it cannot be had."
+    dtype: torch.dtype = torch.float32,        # of all but the VAE: 16 bits, to train an adapter
+    **parts,  # in place of the checkpoint's: text_encoder_3=None, tokenizer_3=None go without T5
+) -> DiffusionPipeline:  # with DDIM or its own flow scheduler; VAE, text encoders frozen
+    "A pipeline made ready for reinforcement learning. `ValueError` where it cannot be had."
     device, source = default_device(device), pipeline_source(name)
     try:
-        check_pipeline_class(source)
+        family, found = family_in(source)
         with warnings.catch_warnings():  # of scheduler settings that are about to be replaced
-            warnings.filterwarnings("ignore", ".*(steps_offset|clip_sample)", FutureWarning)
-            pipe = StableDiffusionPipeline.from_pretrained(
-                source, safety_checker=None, requires_safety_checker=False)
+            warnings.filterwarnings("ignore", "(?s).*(steps_offset|clip_sample)", FutureWarning)
+            pipe = family.pipeline.from_pretrained(
+                source, dtype={"default": dtype, "vae": torch.float32},
+                **family.loading(found) | borrowed(source) | parts)
     except OSError as error:
         moved = f"It has moved to {MOVED[source]!r}. " if source in MOVED else ""
         hub = "" if Path(source).is_dir() else (
@@ -117,11 +135,8 @@ def load_pipeline(
             "no download. ")
         raise ValueError(f"the pipeline {str(name)!r} could not be loaded. {moved}{hub}({error})"
                          ) from error
-    pipe.scheduler = ddim_scheduler(pipe.scheduler.config)
-    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-        part.float()
-    pipe.vae.requires_grad_(False)
-    pipe.text_encoder.requires_grad_(False)
+    if not is_flow(pipe.scheduler): pipe.scheduler = ddim_scheduler(pipe.scheduler.config)
+    for part in frozen_parts(pipe): part.requires_grad_(False)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     return pipe.to(device)

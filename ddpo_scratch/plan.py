@@ -9,21 +9,35 @@ __all__ = []
 import sys
 import time
 import weakref
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import transformers
 import tyro
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import AutoConfig
 
 from .lora import AdapterOff, add_lora
 from .loss import compute_loss, step_loss, trained_steps
-from .pipelines import load_pipeline, pipeline_source
-from .precision import averages_bytes, in_precision
+from ddpo_scratch.models import (
+    FAMILIES,
+    Conditioning,
+    StableDiffusion,
+    frozen_parts,
+    network_of,
+)
+from .pipelines import EMBEDDED, family_in, load_pipeline, pipeline_source
+from .precision import averages_bytes, frozen_type, in_precision
 from ddpo_scratch.sampling import (
     Schedule,
     decoding_fn,
@@ -31,54 +45,95 @@ from ddpo_scratch.sampling import (
     sd_sample,
     step_distribution,
 )
-from .training import DDPOConfig, TrainingState
+from .training import DDPOConfig, TrainingState, make_config
 
 # %% ../nbs/15_plan.ipynb 5
-STABLE_DIFFUSION_1 = {  # as published; what is not said is the classes' default
-    "unet": {"sample_size": 64, "cross_attention_dim": 768},
-    "vae": {"sample_size": 512, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
-            "down_block_types": ("DownEncoderBlock2D",) * 4,
-            "up_block_types": ("UpDecoderBlock2D",) * 4},
-    "text_encoder": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-                     "num_attention_heads": 12, "projection_dim": 768}}
-SHIPPED = {name: STABLE_DIFFUSION_1 for name in (
-    "CompVis/stable-diffusion-v1-4", "stable-diffusion-v1-5/stable-diffusion-v1-5")}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
+          "num_attention_heads": 12, "projection_dim": 768}
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
+          "num_attention_heads": 20, "projection_dim": 1280}
+T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+          "vocab_size": 32128, "feed_forward_proj": "gated-gelu"}
+VAE = {"sample_size": 512, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
+       "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 
 
+class Made(NamedTuple):
+    "What a pipeline is made of, as published; what is not said is the classes' default."
+    family: StableDiffusion
+    network: dict       # configuration of the UNet or transformer
+    vae: dict
+    text_encoders: list[tuple[str, dict]]  # names of transformers' classes, configurations
+
+
+STABLE_DIFFUSION_1 = Made(
+    FAMILIES["StableDiffusionPipeline"], {"sample_size": 64, "cross_attention_dim": 768}, VAE,
+    [("CLIPTextModel", CLIP_L)])
+STABLE_DIFFUSION_XL = Made(
+    FAMILIES["StableDiffusionXLPipeline"],
+    {"sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
+     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+     "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
+     "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+     "projection_class_embeddings_input_dim": 2816, "use_linear_projection": True},
+    VAE, [("CLIPTextModel", CLIP_L), ("CLIPTextModelWithProjection", CLIP_G)])
+STABLE_DIFFUSION_35 = Made(
+    FAMILIES["StableDiffusion3Pipeline"],
+    {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "out_channels": 16,
+     "caption_projection_dim": 1536, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+     "dual_attention_layers": tuple(range(13))},
+    VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
+    [("CLIPTextModelWithProjection", CLIP_L), ("CLIPTextModelWithProjection", CLIP_G),
+     ("T5EncoderModel", T5_XXL)])
+SHIPPED = {
+    "CompVis/stable-diffusion-v1-4": STABLE_DIFFUSION_1,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": STABLE_DIFFUSION_1,
+    "stabilityai/stable-diffusion-xl-base-1.0": STABLE_DIFFUSION_XL,
+    "stabilityai/stable-diffusion-3.5-medium": STABLE_DIFFUSION_35}
+
+# %% ../nbs/15_plan.ipynb 6
 def configurations(
     name: str,  # as for `load_pipeline`
-) -> dict:      # of unet, vae and text_encoder, each a dict
+) -> Made:
     "What a pipeline is made of. `ValueError` where that cannot be had."
     if name in SHIPPED:
         return SHIPPED[name]
     source = pipeline_source(name)
     try:
-        return {"unet": UNet2DConditionModel.load_config(source, subfolder="unet"),
-                "vae": AutoencoderKL.load_config(source, subfolder="vae"),
-                "text_encoder": CLIPTextConfig.from_pretrained(
-                    source, subfolder="text_encoder").to_dict()}
+        family, parts = family_in(source)
+        others = pipeline_source("emoji") if name in EMBEDDED else source
+        return Made(
+            family, family.network_class.load_config(source, subfolder=family.network),
+            AutoencoderKL.load_config(others, subfolder="vae"),
+            [(parts[part][1], AutoConfig.from_pretrained(others, subfolder=part).to_dict())
+             for part in ("text_encoder", "text_encoder_2", "text_encoder_3")
+             if parts.get(part, (None, None))[1]])
     except OSError as error:
         raise ValueError(f"the configuration of {name!r} cannot be had ({error}). Known without a "
-                         f"download: emoji, {', '.join(SHIPPED)}.") from error
+                         f"download: {', '.join(EMBEDDED)}, {', '.join(SHIPPED)}.") from error
 
 
 def models(
     config: DDPOConfig,
-    found: dict,  # of `configurations`
-) -> tuple:       # UNet as it is trained, VAE, text encoder, the KL's reference or None
+    made: Made,
+) -> tuple:  # network as it is trained, the KL's reference or None, VAE, text encoders
     "The modules on the meta device, which has shapes and types and nothing else."
-    def unet(): return UNet2DConditionModel.from_config(found["unet"]).eval()
+    def typed(module): return torch.nn.Module.to(module, frozen_type(config)).eval()
+    def network(): return typed(made.family.network_class.from_config(made.network))
     with torch.device("meta"):
-        trained, vae = unet(), AutoencoderKL.from_config(found["vae"]).eval()
-        text_encoder = CLIPTextModel(CLIPTextConfig(**found["text_encoder"])).eval()
+        trained, vae = network(), AutoencoderKL.from_config(made.vae).eval()
+        text_encoders = [
+            typed(kind(kind.config_class(**settings))) for kind, settings in
+            ((getattr(transformers, name), settings) for name, settings in made.text_encoders)]
         has_copy = config.kl_coef > 0 and not config.lora_rank
-        reference = unet().requires_grad_(False) if has_copy else None
-    for module in (vae, text_encoder): module.requires_grad_(False)
+        reference = network().requires_grad_(False) if has_copy else None
+    for module in (vae, *text_encoders): module.requires_grad_(False)
     if config.gradient_checkpointing: trained.enable_gradient_checkpointing()
     if config.lora_rank:
         add_lora(trained, config.lora_rank, config.lora_alpha, config.lora_targets)
         if config.kl_coef > 0: reference = AdapterOff(trained)
-    return trained, vae, text_encoder, reference
+    return trained, reference, vae, text_encoders
 
 
 def move_here(
@@ -94,7 +149,7 @@ def move_here(
                     new = torch.nn.Parameter(new, old.requires_grad)
                 kind[name] = new
 
-# %% ../nbs/15_plan.ipynb 7
+# %% ../nbs/15_plan.ipynb 8
 class LiveBytes(TorchDispatchMode):
     "The bytes of tensors that operations make while it is on: `.now`, and `.peak`."
 
@@ -124,40 +179,40 @@ class LiveBytes(TorchDispatchMode):
         self.seen.discard(key)
         self.now -= size
 
-# %% ../nbs/15_plan.ipynb 8
+# %% ../nbs/15_plan.ipynb 9
 class Work:
     "One denoising step of some samples, sampled or trained, by the library's own functions."
 
     def __init__(
         self,
         config: DDPOConfig,
-        found: dict,  # of `configurations`
+        made: Made,
     ):
-        self.config, self.precision = config, "fp32"
-        self.unet, self.vae, self.text_encoder, self.reference = models(config, found)
-        self.modules = [module for module in (self.unet, self.vae, self.reference)
+        self.config, self.family, self.precision = config, made.family, "fp32"
+        self.network, self.reference, self.vae, self.text_encoders = models(config, made)
+        self.modules = [module for module in (self.network, self.vae, self.reference)
                         if isinstance(module, torch.nn.Module)]
         self.side = config.img_size // 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.words = self.text_encoder.config.max_position_embeddings
+        self.channels = self.network.config.in_channels // self.family.packed
 
-    def inputs(self, samples: int) -> tuple[torch.Tensor, torch.Tensor, Schedule]:
-        "Two neighbouring latents of each sample, token vectors, and a walk of one step."
-        tables = [torch.zeros(1) for _ in range(5)]
-        rows = samples * (2 if self.config.cfg > 1 else 1)
-        latents = (self.unet.config.in_channels, self.side, self.side)
-        return (torch.zeros(2, samples, *latents),
-                torch.zeros(rows, self.words, self.unet.config.cross_attention_dim),
-                Schedule(torch.zeros(1, dtype=torch.long), *tables, "epsilon", None))
+    def inputs(self, samples: int) -> tuple[torch.Tensor, Conditioning, Schedule]:
+        "Two neighbouring latents of each sample, its prompt, and a walk of one step."
+        guided, family = self.config.cfg > 1 and self.family.guides, self.family
+        tokens = self.text_encoders[0].config.max_position_embeddings
+        rows = family.blank(self.network.config, samples * (1 + guided), tokens)
+        return (torch.zeros(2, samples, self.channels, self.side, self.side),
+                Conditioning(rows, partial(family.ask, 8), guided),
+                Schedule(*(torch.zeros(1) for _ in range(6)), "epsilon", None))
 
     def sample(self, x, words, schedule) -> None:
-        with torch.no_grad(), in_precision(self.precision, self.unet):
-            step_distribution(self.unet, x[0], 0, words, schedule, self.config.cfg)
+        with torch.no_grad(), in_precision(self.precision, self.network):
+            step_distribution(self.network, x[0], 0, words, schedule, self.config.cfg)
 
     def train(self, x, words, schedule) -> None:
         count = x.shape[1]
-        with in_precision(self.precision, self.unet, self.reference):
+        with in_precision(self.precision, self.network, self.reference):
             part = step_loss(0, x, torch.zeros(1, count), torch.zeros(count),
-                             self.config.clip_ratio, words, self.unet, schedule,
+                             self.config.clip_ratio, words, self.network, schedule,
                              self.config.cfg, self.config.kl_coef, self.reference)
             part.loss.backward()
 
@@ -171,7 +226,8 @@ class Work:
         known = [tensor for module in self.modules
                  for weight in [*module.parameters(), *module.buffers()]
                  for tensor in (weight, weight.grad) if tensor is not None]
-        with LiveBytes(*known, x, words, *schedule[:6]) as live: step(x, words, schedule)
+        with LiveBytes(*known, x, *tree_leaves(words.rows), *schedule[:6]) as live:
+            step(x, words, schedule)
         return live.peak
 
     def operations(self, step) -> int:
@@ -180,7 +236,7 @@ class Work:
         with FlopCounterMode(display=False) as counter: step(*inputs)
         return counter.get_total_flops()
 
-# %% ../nbs/15_plan.ipynb 10
+# %% ../nbs/15_plan.ipynb 11
 class Plan(NamedTuple):
     "What a run takes; computed, not measured."
     trained: int                # numbers that are trained
@@ -210,9 +266,11 @@ def make_plan(
     work = Work(config, configurations(config.pipeline))
     with torch.device("meta"):
         sampling, training = work.operations(work.sample), work.operations(work.train)
-    unet, others = (sum(p.numel() for module in modules for p in module.parameters())
-                    for modules in ([work.unet], [work.vae, work.text_encoder]))
-    trained = sum(p.numel() for p in work.unet.parameters() if p.requires_grad)
+    def count(*modules, size=lambda p: 1):
+        return sum(size(p) * p.numel() for module in modules for p in module.parameters())
+    def size(*modules): return count(*modules, size=torch.Tensor.element_size)
+    others = [work.vae, *work.text_encoders]
+    trained = sum(p.numel() for p in work.network.parameters() if p.requires_grad)
     epoch = config.num_samples_per_epoch
     batch, at_a_time = min(config.batch_size, epoch), min(config.sample_batch_size, epoch)
     steps = trained_steps(config.num_timesteps, config.timestep_fraction)
@@ -224,20 +282,21 @@ def make_plan(
                  "training": work.peak(work.train, -(-batch // config.gradient_accumulation)),
                  "AdamW's step": 0 if config.use_8bit_adam else 4 * trained}
     if config.offload:
-        for phase in ("sampling", "decoding"): peaks[phase] += 4 * others
-    copies = isinstance(work.reference, torch.nn.Module)
-    latents = work.unet.config.in_channels * work.side**2
+        for phase in ("sampling", "decoding"): peaks[phase] += size(*others)
+    name = "UNet" if work.family.network == "unet" else "transformer"
+    copies = [work.reference] * isinstance(work.reference, torch.nn.Module)
+    latents = work.channels * work.side**2
     averages = sum(averages_bytes(weight.numel(), config.use_8bit_adam)
-                   for weight in work.unet.parameters() if weight.requires_grad)
+                   for weight in work.network.parameters() if weight.requires_grad)
     return Plan(
-        trained, unet + others - trained,
+        trained, count(work.network, *others) - trained,
         epoch * config.num_timesteps * sampling, epoch * config.num_inner_epochs * steps * training,
-        {"UNet": 4 * unet, "its reference": 4 * unet * copies,
-         "VAE and text encoder": 4 * others * (not config.offload),
+        {name: size(work.network), "its reference": size(*copies),
+         "VAE and text encoders": 0 if config.offload else size(*others),
          "gradients": 4 * trained, "AdamW's averages": averages},
         peaks, 4 * epoch * (config.num_timesteps + 1) * latents)
 
-# %% ../nbs/15_plan.ipynb 12
+# %% ../nbs/15_plan.ipynb 13
 GPUS = {  # gigabytes, and 10¹² operations a second in fp32 (as TF32) and in 16 bits, says NVIDIA
     "RTX 3090, 24 GB": (25.8, 35.6, 71), "RTX 4090, 24 GB": (25.8, 82.6, 165),
     "A100, 80 GB": (85.9, 156, 312), "H100, 80 GB": (85.9, 495, 989)}
@@ -278,27 +337,34 @@ def duration(seconds: float) -> str:
         if seconds >= size: return f"{seconds / size:6.1f} {unit:3}"
     return f"{max(seconds, 0.1):6.1f} s  "
 
-# %% ../nbs/15_plan.ipynb 19
+# %% ../nbs/15_plan.ipynb 20
 def full_size(
-    device: str,
-) -> StableDiffusionPipeline:
-    "Stable Diffusion 1's architecture with random weights, and the embedded model's tokenizer."
-    pipe, found = load_pipeline("emoji", device), STABLE_DIFFUSION_1
-    with torch.device(device):
-        unet = UNet2DConditionModel.from_config(found["unet"])
-        vae = AutoencoderKL.from_config(found["vae"])
-        text_encoder = CLIPTextModel(CLIPTextConfig(**found["text_encoder"]))
-    for module in (vae, text_encoder): module.eval().requires_grad_(False)
-    pipe = StableDiffusionPipeline(
-        vae, text_encoder, pipe.tokenizer, unet, pipe.scheduler, None, None,
-        requires_safety_checker=False)
-    pipe.tokenizer.model_max_length = text_encoder.config.max_position_embeddings
+    config: DDPOConfig,  # its pipeline is one of `SHIPPED`
+) -> DiffusionPipeline:
+    "The pipeline with random weights, the embedded model's tokenizer, and no T5."
+    embedded, made = load_pipeline("emoji", "cpu"), SHIPPED[config.pipeline]
+    def ready(module): return torch.nn.Module.to(module, frozen_type(config)).eval()
+    with torch.device(config.device):
+        parts = {made.family.network: ready(made.family.network_class.from_config(made.network)),
+                 "vae": AutoencoderKL.from_config(made.vae).eval()}
+        for number, (name, settings) in enumerate(made.text_encoders, 1):
+            kind, end = getattr(transformers, name), f"_{number}".removesuffix("_1")
+            is_t5 = name == "T5EncoderModel"
+            parts["text_encoder" + end] = None if is_t5 else ready(kind(
+                kind.config_class(**settings)))
+            parts["tokenizer" + end] = None if is_t5 else embedded.tokenizer
+    embedded.tokenizer.model_max_length = 77
+    scheduler = (FlowMatchEulerDiscreteScheduler(shift=3.0)
+                 if made.family.network == "transformer" else embedded.scheduler)
+    no_filter = dict(feature_extractor=None) | made.family.loading({})
+    pipe = made.family.pipeline(scheduler=scheduler, **no_filter | parts)
+    for module in frozen_parts(pipe): module.requires_grad_(False)
     return pipe
 
 
 def rehearse(
-    img_size: int = 512,  # pixels
-    lora_rank: int = 4,   # of the adapter
+    preset: str = "blog",         # blog, sdxl or sd35
+    img_size: int | None = None,  # pixels; None: the preset's
     device: str = "cpu",
 ) -> None:
     "Two steps of sampling, one of training, at full size: what they take, and whether they work."
@@ -307,26 +373,31 @@ def rehearse(
     def took(what):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         print(f"{what:10} {time.perf_counter() - start:6.1f} s   peak {peak:5.1f} GB", flush=True)
-    pipe = full_size(device)
-    config = DDPOConfig(img_size=img_size, lora_rank=lora_rank, num_timesteps=2, device=device)
-    state = TrainingState(config, pipe)
-    pipe.unet.enable_gradient_checkpointing()
-    pipe.unet.eval()
+    config = make_config(preset, num_timesteps=2, timestep_fraction=0.5, device=device, kl_coef=0.0)
+    config = replace(config, img_size=img_size or config.img_size, lora_rank=config.lora_rank or 4)
+    if config.pipeline not in SHIPPED:
+        raise ValueError(f"preset {preset!r} is small enough to be run: give blog, sdxl or sd35.")
+    pipe, size = full_size(config), config.img_size
+    state, network = TrainingState(config, pipe), network_of(pipe)
+    network.enable_gradient_checkpointing()
+    network.eval()
     took("made")
-    latents, xs, log_probs = sd_sample(
-        ["a fox"], pipe, img_size, img_size, config.cfg, config.num_timesteps, config.eta, device)
+    with in_precision(config.precision, network):
+        latents, xs, log_probs = sd_sample(["a fox"], pipe, size, size, config.cfg,
+                                           config.num_timesteps, config.eta, device)
     took("sampled")
     picture = decoding_fn(latents, pipe)
     took("decoded")
     metrics = {}
-    compute_loss(xs, log_probs, torch.ones(1, device=device), 10.0, 1e-4, ["a fox"], pipe,
-                 config.num_timesteps, config.cfg, config.eta, device, timestep_fraction=0.5,
-                 metrics=metrics)
+    with in_precision(config.precision, network):
+        compute_loss(xs, log_probs, torch.ones(1, device=device), 10.0, 1e-4, ["a fox"], pipe,
+                     config.num_timesteps, config.cfg, config.eta, device,
+                     config.timestep_fraction, metrics=metrics)
     took("trained")
     trained = {id(weight) for weight in state.weights}
     if not all(weight.grad.isfinite().all() for weight in state.weights):
         raise RuntimeError("a gradient of the adapter is NaN or infinite.")
-    if any(p.grad is not None for p in pipe.unet.parameters() if id(p) not in trained):
+    if any(p.grad is not None for p in network.parameters() if id(p) not in trained):
         raise RuntimeError("a weight that is frozen has a gradient.")
     norm = torch.stack([weight.grad.norm() for weight in state.weights]).norm()
     print(f"picture {picture.shape}, norm of the gradient {norm:.2e}, log-ratio "

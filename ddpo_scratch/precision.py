@@ -47,7 +47,7 @@ def in_its_own_type(
                         and x.is_floating_point() else x, values)
     asked = []
     def before(module, args, kwargs):
-        asked.append(args[0].dtype)
+        asked.append((args[0] if args else kwargs["hidden_states"]).dtype)
         return cast(args, module.dtype), cast(kwargs, module.dtype)
     def after(module, args, output): return cast(output, asked.pop())
     hooks = (unet.register_forward_pre_hook(before, with_kwargs=True),
@@ -56,6 +56,13 @@ def in_its_own_type(
         yield
     finally:
         for hook in hooks: hook.remove()
+
+
+def frozen_type(
+    config,  # `DDPOConfig`
+) -> torch.dtype:
+    "That of the weights that are not trained: of 16 bits, where an adapter is trained in them."
+    return DTYPES[config.precision] if config.lora_rank else torch.float32
 
 
 def check_precision(

@@ -21,7 +21,7 @@ import fastprogress
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from fastprogress.core import IN_NOTEBOOK
 
 from ddpo_scratch.checks import (
@@ -35,6 +35,7 @@ from ddpo_scratch.checks import (
 )
 from .lora import LORA_TARGETS, AdapterOff, add_lora, check_lora, trained_weights
 from .loss import compute_loss
+from .models import family_of, frozen_parts, latents_shape, network_of
 from ddpo_scratch.precision import (
     check_precision,
     in_precision,
@@ -59,11 +60,7 @@ from ddpo_scratch.prompts import (
     imagenet_animal_prompts,
 )
 from .rewards import Scorer, WeightedSum, ask, parts_of
-from ddpo_scratch.sampling import (
-    ddim_schedule,
-    decoding_fn,
-    sd_sample,
-)
+from .sampling import decoding_fn, make_schedule, sd_sample
 from .stat_tracker import PerPromptStatTracker
 
 # %% ../nbs/06_training.ipynb 6
@@ -169,6 +166,16 @@ PRESETS: dict[str, DDPOConfig] = {
         num_epochs=44, samples_per_prompt=16, num_timesteps=8, timestep_fraction=0.75,
         num_eval_samples=512, lr=1.3e-4, batch_size=32, cfg=1.0, clip_ratio=3e-3, buffer_size=32,
         min_count=8, gradient_checkpointing=False),
+    "sdxl": DDPOConfig(
+        pipeline="stabilityai/stable-diffusion-xl-base-1.0", img_size=1024, precision="bf16",
+        lora_rank=4, lr=3e-4, clip_advantages=5.0, sample_batch_size=4, gradient_accumulation=4),
+    "sd35": DDPOConfig(
+        pipeline="stabilityai/stable-diffusion-3.5-medium", reward="pickscore", precision="bf16",
+        num_samples_per_epoch=192, samples_per_prompt=24, num_timesteps=10, timestep_fraction=0.9,
+        lora_rank=32, lora_alpha=64.0, lora_targets=(
+            *LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+        lr=3e-4, batch_size=96, cfg=4.5, eta=0.7, clip_advantages=5.0, kl_coef=1e-3,
+        buffer_size=24, min_count=12, sample_batch_size=8, gradient_accumulation=24),
 }
 
 
@@ -199,7 +206,7 @@ def make_config(
 # %% ../nbs/06_training.ipynb 11
 def sample_pictures(
     prompts: list[str],               # B prompts
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     image_size: int,                  # height and width, pixels
     cfg: float,                       # guidance scale; at most 1: none
     num_timesteps: int,               # T
@@ -217,7 +224,7 @@ def sample_pictures(
 # %% ../nbs/06_training.ipynb 12
 def sample_and_calculate_rewards(
     prompts: list[str],               # B prompts
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     image_size: int,                  # height and width, pixels
     cfg: float,                       # guidance scale; at most 1: none
     num_timesteps: int,               # T
@@ -337,23 +344,25 @@ def noise_sources(
 # %% ../nbs/06_training.ipynb 19
 def check_run(
     config: DDPOConfig,
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
 ) -> None:
     "`TypeError` or `ValueError` where the pipeline cannot do what the configuration says."
     check_policy_arguments(["a prompt"], pipe, config.cfg, config.num_timesteps, config.eta)
     check_size(pipe, img_size=config.img_size)
-    ddim_schedule(pipe.scheduler, config.num_timesteps, config.eta)
+    shape = latents_shape(pipe, 1, config.img_size, config.img_size)
+    make_schedule(pipe, config.num_timesteps, config.eta, *shape[2:])
     check_precision(config.precision, pipe.device)
     if config.use_8bit_adam: check_installed("bitsandbytes", "use_8bit_adam")
     if config.log_with: check_installed(config.log_with, f"log_with {config.log_with}")
     if config.num_samples_per_epoch < processes().num_processes:
         raise ValueError(f"{processes().num_processes} processes cannot share "
                          f"{config.num_samples_per_epoch} samples: raise num_samples_per_epoch.")
-    if config.lora_rank: check_lora(pipe.unet, config.lora_targets)
-    if pipe.unet.dtype not in (torch.float32, torch.float64) and not config.lora_rank:
-        raise ValueError(f"the UNet is in {str(pipe.unet.dtype).removeprefix('torch.')}, in which "
-                         "small steps are lost. Call pipe.unet.float() before training, or train "
-                         "an adapter over it (lora_rank), whose weights are in float32.")
+    name, unet = family_of(pipe).network, network_of(pipe)
+    if config.lora_rank: check_lora(unet, config.lora_targets)
+    if unet.dtype not in (torch.float32, torch.float64) and not config.lora_rank:
+        raise ValueError(f"the {name} is in {str(unet.dtype).removeprefix('torch.')}, in which "
+                         f"small steps are lost. Call pipe.{name}.float() before training, or "
+                         "train an adapter over it (lora_rank), whose weights are in float32.")
 
 # %% ../nbs/06_training.ipynb 21
 def equal_batches(
@@ -431,11 +440,11 @@ class TrainingState:
     def __init__(
         self,
         config: DDPOConfig,
-        pipe: StableDiffusionPipeline,  # its UNet gets an adapter where lora_rank says so
+        pipe: DiffusionPipeline,  # its UNet gets an adapter where lora_rank says so
     ):
         check_run(config, pipe)
         set_seed(config.seed)
-        unet = pipe.unet
+        unet = network_of(pipe)
         if config.lora_rank:
             add_lora(unet, config.lora_rank, config.lora_alpha, config.lora_targets)
         self.weights = trained_weights(unet)
@@ -454,7 +463,7 @@ class TrainingState:
 # %% ../nbs/06_training.ipynb 29
 def batch_gradient(
     config: DDPOConfig,
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     state: TrainingState,          # with all samples of its epoch
     all_step_preds: torch.Tensor,  # their trajectories, [T+1, N, C, h, w]
     log_probs: torch.Tensor,       # [T, N]
@@ -462,11 +471,12 @@ def batch_gradient(
 ) -> dict[str, float]:             # loss, and what `compute_loss` measures
     "Add the gradient of a batch's loss to the weights' `.grad`."
     parts = my_part(batch).tensor_split(config.gradient_accumulation)
-    measured, device = [], pipe.unet.device
+    measured, unet = [], network_of(pipe)
+    device = unet.device
     for part in parts:
         if len(part) == 0: continue
         metrics = {}
-        with in_precision(config.precision, pipe.unet, state.reference):
+        with in_precision(config.precision, unet, state.reference):
             loss = compute_loss(
                 all_step_preds[:, part].to(device), log_probs[:, part].to(device),
                 state.now.advantages[part].to(device), config.clip_advantages, config.clip_ratio,
@@ -481,7 +491,7 @@ def batch_gradient(
 # %% ../nbs/06_training.ipynb 31
 def train(
     config: DDPOConfig,
-    pipe: StableDiffusionPipeline,         # its UNet is trained in place
+    pipe: DiffusionPipeline,         # its UNet is trained in place
     prompt_fn: Callable[[], str],          # draws a prompt
     reward_fn: Callable,                   # (images, prompts) → one number each, higher is better
     on_epoch: Callable[[dict], None] = lambda row: None,  # gets each epoch's metrics
@@ -496,7 +506,7 @@ def train(
     kl_coef is above 0), skipped (updates) and seconds."""
     for fn in (reward_fn, *eval_rewards.values()): check_reward_fn(fn)
     state = TrainingState(config, pipe) if state is None else state
-    unet, optimizer, count = pipe.unet, state.optimizer, config.num_samples_per_epoch
+    unet, optimizer, count = network_of(pipe), state.optimizer, config.num_samples_per_epoch
     (unet.enable_gradient_checkpointing if config.gradient_checkpointing
      else unet.disable_gradient_checkpointing)()
     unet.eval()  # without dropout, sampling and loss see one policy
@@ -537,7 +547,7 @@ def train(
                            for batch in equal_batches(count, config.batch_size, state.shuffler)]
 
         # 3. update the policy
-        with on_the_cpu(config.offload, pipe.vae, pipe.text_encoder):
+        with on_the_cpu(config.offload, *frozen_parts(pipe)):
             for batch in progress_bar(now.batches[len(now.watched):], parent=bar):
                 optimizer.zero_grad()
                 metrics = batch_gradient(config, pipe, state, all_step_preds, log_probs, batch)
@@ -583,7 +593,7 @@ def no_reward(images: np.ndarray, prompts: list[str]) -> np.ndarray:
 # %% ../nbs/06_training.ipynb 35
 def all_scores(
     config: DDPOConfig,
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: list[str],                    # N
     reward_fn: Callable,
     eval_rewards: Mapping[str, Callable],  # by name
@@ -595,7 +605,7 @@ def all_scores(
     for batch in sampling_batches(len(prompts), config.sample_batch_size):
         if len(batch) == 0: continue
         asked = [prompts[i] for i in batch]
-        with in_precision(config.precision, pipe.unet):
+        with in_precision(config.precision, network_of(pipe)):
             imgs, _, _ = sample_pictures(
                 asked, pipe, config.img_size, config.cfg, config.num_timesteps, decoding_fn,
                 pipe.device, config.eta, noise_sources(config.seed, EVALUATION, batch.tolist()))
@@ -606,7 +616,7 @@ def all_scores(
 # %% ../nbs/06_training.ipynb 36
 def evaluate(
     config: DDPOConfig,
-    pipe: StableDiffusionPipeline,
+    pipe: DiffusionPipeline,
     prompts: list[str],   # N, from `fresh_prompts`, or the first of them
     reward_fn: Callable,
 ) -> tuple[np.ndarray, torch.Tensor]:  # pictures uint8 [N, H, W, 3], rewards [N]

@@ -145,7 +145,8 @@ def test_help_names_every_field_in_its_group():
     for meaning, names in GROUPS.values():
         assert meaning in text
         for name in names: assert f"--{name}" in text and meanings[name] in text, name
-    assert "which defaults: blog or emoji" in text and "--resume" in text and "--config" in text
+    assert "which defaults: blog, emoji, sdxl, sd35" in text
+    assert "--resume" in text and "--config" in text
     assert "Three flags to touch first: --reward" in text
 
 

@@ -19,6 +19,7 @@ from ddpo_scratch.emoji_model import (
     load_pictures,
     make_tokenizer,
     named_right,
+    train_emoji_flow,
     train_emoji_model,
 )
 from ddpo_scratch.pipelines import load_pipeline
@@ -30,10 +31,10 @@ PACKAGE = Path(ddpo_scratch.__file__).parent
 
 def test_what_ships_is_small_and_whole():
     "Sizes, names, styles."
-    size = sum(path.stat().st_size for path
-               in [*(PACKAGE / "emoji").rglob("*"), *PACKAGE.glob("emoji_*.safetensors")]
-               if path.is_file())
-    assert size <= 15_000_000 and (PACKAGE / "emoji_pictures.npz").stat().st_size <= 3_000_000
+    def size(*paths): return sum(path.stat().st_size for path in paths if path.is_file())
+    assert size(*(PACKAGE / "emoji_flow").rglob("*")) <= 5_000_000
+    assert size(*(PACKAGE / "emoji").rglob("*"), *PACKAGE.glob("emoji_*.safetensors")) <= 15_000_000
+    assert (PACKAGE / "emoji_pictures.npz").stat().st_size <= 3_000_000
     pictures, animals, styles = load_pictures()
     assert pictures.shape == (len(animals), 64, 64, 4) and pictures.dtype == torch.uint8
     assert (len(set(styles)) == 6 and sorted(set(animals)) == list(emoji_animals())
@@ -98,12 +99,18 @@ def test_rehearsal_makes_a_pipeline():
     with TemporaryDirectory() as folder:
         work, out = Path(folder) / "work", Path(folder) / "out"
         train_emoji_model(work, out, share=0.0005)
+        train_emoji_flow(work, out, share=0.0003)
         assert sorted(p.name for p in out.iterdir()) == [
-            "emoji", "emoji_classifier.safetensors", "emoji_judge.safetensors"]
+            "emoji", "emoji_flow", "emoji_classifier.safetensors", "emoji_judge.safetensors"]
         pipe = StableDiffusionPipeline.from_pretrained(out / "emoji")
         assert {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder)
                 for p in m.parameters()} == {torch.float32}
         assert pipe(["a fox"], num_inference_steps=2,
+                    output_type="np").images.shape == (1, 64, 64, 3)
+        shipped = load_pipeline("emoji", "cpu")
+        parts = {name: shipped.components[name] for name in ("vae", "text_encoder", "tokenizer")}
+        flow = StableDiffusionPipeline.from_pretrained(out / "emoji_flow", **parts)
+        assert flow(["a fox"], num_inference_steps=2,
                     output_type="np").images.shape == (1, 64, 64, 3)
         x = augment(load_pictures()[0][::4], torch.Generator().manual_seed(1))
         with torch.no_grad():

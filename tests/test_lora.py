@@ -60,7 +60,7 @@ def test_a_saved_adapter_draws_the_same_pictures():
     pipe = load_pipeline("emoji", "cpu")
     trained_with(pipe, lora_alpha=12.0)
     plain = StableDiffusionPipeline.from_pretrained(pipeline_source("emoji"), safety_checker=None)
-    with pytest.raises(ValueError, match="the UNet has 0 adapters"): save_lora(plain, "nowhere")
+    with pytest.raises(ValueError, match="the unet has 0 adapters"): save_lora(plain, "nowhere")
     with TemporaryDirectory() as folder:
         save_lora(pipe, folder)
         assert os.listdir(folder) == ["pytorch_lora_weights.safetensors"]
@@ -128,5 +128,5 @@ def test_adapters_that_cannot_be():
             make_config("emoji", **wrong)
     frozen = load_pipeline("emoji", "cpu")
     frozen.unet.requires_grad_(False)
-    with pytest.raises(ValueError, match="all weights of the UNet are frozen"):
+    with pytest.raises(ValueError, match="all weights of the network are frozen"):
         trained_with(frozen, lora_rank=0)

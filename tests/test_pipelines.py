@@ -107,12 +107,12 @@ def test_folders_that_hold_something_else():
     with TemporaryDirectory() as folder:
         run = Path(folder) / "a"
         (run / "pipeline").mkdir(parents=True)
-        index = '{"_class_name": "StableDiffusionXLPipeline"}'
+        index = '{"_class_name": "StableDiffusionInpaintPipeline"}'
         (run / "pipeline" / "model_index.json").write_text(index)
         for name in (run, str(run)):
             with pytest.raises(ValueError, match="Did you mean '.*/a/pipeline'"):
                 load_pipeline(name, "cpu")
-        with pytest.raises(ValueError, match="is a StableDiffusionXLPipeline; what can be trained"):
+        with pytest.raises(ValueError, match="is a StableDiffusionInpaintPipeline; what can be"):
             load_pipeline(run / "pipeline", "cpu")
 
 

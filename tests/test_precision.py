@@ -225,7 +225,8 @@ def test_the_loss_with_the_text_encoder_elsewhere():
                              fake, 4, 3.0, 1.0, "cuda")
             parts, = watched.call_args.args
             assert {x.device.type for part in parts for x in part} == {"cuda"} and len(parts) == 4
-            assert encode_prompts(["a fox"], fake, 3.0, "cpu").device.type == "cpu"
+            words = encode_prompts(["a fox"], fake, 3.0, "cpu").rows
+            assert words["encoder_hidden_states"].device.type == "cpu"
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
 

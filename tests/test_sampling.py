@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from torch.distributions import Normal
 
 from ddpo_scratch.checks import check_finite
+from ddpo_scratch.models import Conditioning
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.sampling import (
     calculate_log_probs,
@@ -35,7 +36,8 @@ def test_log_probs_are_those_of_a_normal():
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 
 
-NO_WORDS = torch.zeros(1, 1, 1)
+NO_WORDS = Conditioning({"encoder_hidden_states": torch.zeros(1, 1, 1)},
+                        lambda unet, x, t, rows: unet(x, t, **rows).sample, guided=False)
 
 
 class FixedUNet(torch.nn.Module):
@@ -232,12 +234,13 @@ def test_long_prompts_are_told_once():
         "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
         "transformers.tokenization_utils_base", "ddpo_scratch")]
     for logger in loggers: logger.addHandler(handler)
-    for _ in range(3):
-        cut = encode_prompts(["an owl", long], told, 3.0, "cpu")
+    def encode(prompts):
+        return encode_prompts(prompts, told, 3.0, "cpu").rows["encoder_hidden_states"]
+    for _ in range(3): cut = encode(["an owl", long])
     for logger in loggers: logger.removeHandler(handler)
     said, = (record.getMessage() for record in logged)
     assert len(said) < 150 and "reads 32 tokens" in said and "has 122." in said and "\n" not in said
-    assert torch.equal(cut, encode_prompts(["an owl", "a fox " * 15], told, 3.0, "cpu"))
+    assert torch.equal(cut, encode(["an owl", "a fox " * 15]))
     assert {logger.getEffectiveLevel() for logger in loggers} == {logging.WARNING}
 
 

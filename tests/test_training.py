@@ -371,7 +371,7 @@ def test_bad_configurations():
     for name, value in BAD:
         with pytest.raises(ValueError, match=name):
             make_config("emoji", **{name: value})
-    with pytest.raises(ValueError, match="'blogg'. Known: blog, emoji"):
+    with pytest.raises(ValueError, match="'blogg'. Known: blog, emoji, sd35, sdxl"):
         make_config("blogg")
     with pytest.raises(ValueError, match="'cats'. Known: common_animal_prompts, emoji_an"):
         make_prompt_fn("cats")

@@ -3,8 +3,9 @@
 All but the last two train; beside this file they leave a table, a line for each look at fresh
 pictures on the way, and for chapter 9 a strip of pictures. `right` and `samplers` look at what
 `ddpo_train --seed N --name seedN` has left in runs/seed0, runs/seed1 and runs/seed2, whose
-metrics.csv are seed0.csv, seed1.csv and seed2.csv here. The committed pictures were reduced to 256
-colours afterwards.
+metrics.csv are seed0.csv, seed1.csv and seed2.csv here. (Chapter 18's flow0.csv and flow1.csv are
+those of `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`.) The committed pictures
+were reduced to 256 colours afterwards.
 """
 import argparse
 import time
