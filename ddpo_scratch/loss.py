@@ -119,13 +119,14 @@ def compute_loss(
     metrics: dict | None = None,       # gets clip_fraction, approx_kl, max_log_ratio (and ref_kl)
     scaler: torch.amp.GradScaler | None = None,  # scales the gradient, which fp16 needs
     share: float = 1.0,                # the gradient is multiplied by it: for a part of a batch
+    words: Conditioning | None = None,  # of the prompts, where they have been encoded before
 ) -> float:                            # the loss: mean over the batch, sum over the trained steps
     "The clipped DDPO loss; adds its gradient to the UNet parameters' `.grad`. No optimiser step."
     check_policy_arguments(prompts, pipe, guidance_scale, num_inference_steps, eta)
     check_loss_arguments(x_t, original_log_probs, advantages, clip_advantages, clip_ratio, prompts,
                          num_inference_steps, timestep_fraction, kl_coef, ref_unet)
     schedule = make_schedule(pipe, num_inference_steps, eta, *x_t.shape[-2:]).to(device)
-    words = encode_prompts(prompts, pipe, guidance_scale, device)
+    words = words or encode_prompts(prompts, pipe, guidance_scale, device)
     advantages = advantages.detach().clamp(-clip_advantages, clip_advantages)
 
     parts = []

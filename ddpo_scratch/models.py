@@ -44,6 +44,13 @@ class Conditioning:
         def of(x): return torch.cat([half[samples] for half in x.chunk(1 + self.guided)])
         return replace(self, rows=tree_map(of, self.rows))
 
+    def joined(self, *others: "Conditioning") -> "Conditioning":
+        "That of its samples and those of others of its kind."
+        def join(*xs):
+            return torch.cat([half for halves in zip(*(x.chunk(1 + self.guided) for x in xs))
+                              for half in halves])
+        return replace(self, rows=tree_map(join, self.rows, *(other.rows for other in others)))
+
 # %% ../nbs/18_models.ipynb 7
 class StableDiffusion:
     "Stable Diffusion 1 and 2; and what holds for the other families unless they say otherwise."

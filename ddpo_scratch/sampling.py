@@ -257,6 +257,7 @@ def sd_sample(
     eta: float,                  # η > 0, noise of a step as a share of DDPM's; a of a flow model
     device: str | torch.device,  # where the pipeline lives
     generator: torch.Generator | list[torch.Generator] | None = None,  # one, or B; None: torch's
+    words: Conditioning | None = None,  # of the prompts, where they have been encoded before
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # latents, all_step_preds, log_probs
     """Sample pictures' latents, with the trajectory that led to them and its log-probabilities.
 
@@ -267,7 +268,8 @@ def sd_sample(
     check_generators(generator, len(prompts))
     shape = latents_shape(pipe, len(prompts), height, width)
     schedule = make_schedule(pipe, num_inference_steps, eta, *shape[2:]).to(device)
-    words, network = encode_prompts(prompts, pipe, guidance_scale, device), network_of(pipe)
+    words = words or encode_prompts(prompts, pipe, guidance_scale, device)
+    network = network_of(pipe)
     dtype = torch.promote_types(network.dtype, torch.float32)  # of a half model, too
     def draw(): return randn_tensor(shape, generator, torch.device(device), dtype)
 

@@ -35,7 +35,7 @@ from ddpo_scratch.checks import (
 )
 from .lora import LORA_TARGETS, AdapterOff, add_lora, check_lora, trained_weights
 from .loss import compute_loss
-from .models import family_of, frozen_parts, latents_shape, network_of
+from .models import Conditioning, family_of, frozen_parts, latents_shape, network_of
 from ddpo_scratch.precision import (
     check_precision,
     in_precision,
@@ -60,7 +60,7 @@ from ddpo_scratch.prompts import (
     imagenet_animal_prompts,
 )
 from .rewards import Scorer, WeightedSum, ask, parts_of
-from .sampling import decoding_fn, make_schedule, sd_sample
+from .sampling import decoding_fn, encode_prompts, make_schedule, sd_sample
 from .stat_tracker import PerPromptStatTracker
 
 # %% ../nbs/06_training.ipynb 6
@@ -82,7 +82,7 @@ def plain_value(
 class DDPOConfig:
     "Everything that a run needs to be repeated. The defaults are the blog's."
 
-    pipeline: str = "CompVis/stable-diffusion-v1-4"  # "emoji", a local folder, or a hub id
+    pipeline: str = "CompVis/stable-diffusion-v1-4"  # "emoji", a folder, or a hub id
     prompts: str = "imagenet_animal_prompts"  # a known name, or a text file with a prompt a line
     reward: str = "aesthetic"  # a name, yours (rewards.py:redness), or a sum: aesthetic:1,animal:2
     scale_rewards: bool = True  # count the parts of a sum in their own deviations, else as they are
@@ -108,7 +108,7 @@ class DDPOConfig:
     max_grad_norm: float = 1.0  # the gradient is scaled down to this norm
 
     cfg: float = 5.0  # guidance scale, in sampling and training; at most 1: off, half the work
-    eta: float = 1.0  # noise of a step as a share of DDPM's, above 0, at most little more than 1
+    eta: float = 1.0  # noise of a step as a share of DDPM's, above 0; of a flow model a, say 0.7
     clip_ratio: float = 1e-4  # epsilon, how far a step's importance ratio may leave 1
     clip_advantages: float = 10.0  # advantages are clipped to plus or minus this
     kl_coef: float = 0.0  # beta, penalty for leaving the untrained UNet; keeps a copy without LoRA
@@ -214,10 +214,11 @@ def sample_pictures(
     device: str | torch.device,
     eta: float = 1.0,                 # noise of a step
     generator: torch.Generator | list[torch.Generator] | None = None,  # as in `sd_sample`
+    words: Conditioning | None = None,  # as in `sd_sample`
 ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:  # pictures, all_step_preds, log_probs
     "A batch of pictures and how they came about. Latents that are NaN raise."
     latents, all_step_preds, log_probs = sd_sample(
-        prompts, pipe, image_size, image_size, cfg, num_timesteps, eta, device, generator)
+        prompts, pipe, image_size, image_size, cfg, num_timesteps, eta, device, generator, words)
     check_finite(all_step_preds, prompts)
     return decoding_fn(latents, pipe), all_step_preds, log_probs
 
@@ -461,12 +462,29 @@ class TrainingState:
         self.history, self.now = [], Epoch()
 
 # %% ../nbs/06_training.ipynb 29
+class Encoded:
+    "An epoch's prompts, each encoded once; kept in the CPU's memory."
+
+    def __init__(self, prompts: list[str], pipe: DiffusionPipeline, config: DDPOConfig):
+        different, self.words = list(dict.fromkeys(prompts)), {}
+        for start in range(0, len(different), config.sample_batch_size):
+            part = different[start : start + config.sample_batch_size]
+            words = encode_prompts(part, pipe, config.cfg, "cpu")
+            self.words |= {prompt: words[[i]] for i, prompt in enumerate(part)}
+
+    def __call__(self, prompts: list[str], device: torch.device) -> Conditioning:
+        "What the network is to know of these."
+        first, *others = (self.words[prompt] for prompt in prompts)
+        return first.joined(*others).to(device)
+
+# %% ../nbs/06_training.ipynb 31
 def batch_gradient(
     config: DDPOConfig,
     pipe: DiffusionPipeline,
     state: TrainingState,          # with all samples of its epoch
     all_step_preds: torch.Tensor,  # their trajectories, [T+1, N, C, h, w]
     log_probs: torch.Tensor,       # [T, N]
+    encoded: Encoded,              # their prompts
     batch: torch.Tensor,           # which of them, indices, [B]
 ) -> dict[str, float]:             # loss, and what `compute_loss` measures
     "Add the gradient of a batch's loss to the weights' `.grad`."
@@ -475,20 +493,20 @@ def batch_gradient(
     device = unet.device
     for part in parts:
         if len(part) == 0: continue
-        metrics = {}
+        metrics, prompts = {}, [state.now.prompts[i] for i in part]
         with in_precision(config.precision, unet, state.reference):
             loss = compute_loss(
                 all_step_preds[:, part].to(device), log_probs[:, part].to(device),
                 state.now.advantages[part].to(device), config.clip_advantages, config.clip_ratio,
-                [state.now.prompts[i] for i in part], pipe, config.num_timesteps, config.cfg,
-                config.eta, device, config.timestep_fraction, config.kl_coef, state.reference,
-                metrics, state.scaler, len(part) / len(batch))
+                prompts, pipe, config.num_timesteps, config.cfg, config.eta, device,
+                config.timestep_fraction, config.kl_coef, state.reference, metrics, state.scaler,
+                len(part) / len(batch), encoded(prompts, device))
         measured.append((dict(loss=loss, **metrics), len(part)))
     sum_gradients(state.weights)
     rows, sizes = zip(*gathered(measured))
     return averages(rows, sizes) | {"max_log_ratio": max(row["max_log_ratio"] for row in rows)}
 
-# %% ../nbs/06_training.ipynb 31
+# %% ../nbs/06_training.ipynb 33
 def train(
     config: DDPOConfig,
     pipe: DiffusionPipeline,         # its UNet is trained in place
@@ -523,6 +541,7 @@ def train(
         # 1. sample, and ask for rewards
         now.prompts = now.prompts or [
             prompt for prompt in drawn for _ in range(config.samples_per_prompt)]
+        encoded = Encoded(now.prompts, pipe, config)
         batches = sampling_batches(count, config.sample_batch_size)
         with OneBehind(partial(raw_scores, reward_fn, eval_rewards), now.samples, beside) as behind:
             for batch in progress_bar(batches[len(now.samples):], parent=bar):
@@ -532,7 +551,8 @@ def train(
                     with in_precision(config.precision, unet):
                         images, *walk = sample_pictures(
                             prompts, pipe, config.img_size, config.cfg, config.num_timesteps,
-                            decoding_fn, pipe.device, config.eta, noise)
+                            decoding_fn, pipe.device, config.eta, noise,
+                            encoded(prompts, pipe.device))
                     behind.put(images, prompts, *(part.cpu() for part in walk))
                 on_batch()
         if now.advantages is None: now.samples = gathered(now.samples)
@@ -550,7 +570,8 @@ def train(
         with on_the_cpu(config.offload, *frozen_parts(pipe)):
             for batch in progress_bar(now.batches[len(now.watched):], parent=bar):
                 optimizer.zero_grad()
-                metrics = batch_gradient(config, pipe, state, all_step_preds, log_probs, batch)
+                metrics = batch_gradient(
+                    config, pipe, state, all_step_preds, log_probs, encoded, batch)
                 if epoch == 0 and not now.watched: warn_of_noise(metrics["max_log_ratio"], config)
                 state.scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(state.weights, config.max_grad_norm).item()
@@ -576,7 +597,7 @@ def train(
         on_epoch(row)
     return state.history
 
-# %% ../nbs/06_training.ipynb 33
+# %% ../nbs/06_training.ipynb 35
 def fresh_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],
@@ -585,12 +606,12 @@ def fresh_prompts(
     random.seed(config.seed + 1_000_000)
     return list(PromptDataset(prompt_fn, config.num_eval_samples))
 
-# %% ../nbs/06_training.ipynb 34
+# %% ../nbs/06_training.ipynb 36
 def no_reward(images: np.ndarray, prompts: list[str]) -> np.ndarray:
     "For pictures that are only to be looked at."
     return np.zeros(len(prompts))
 
-# %% ../nbs/06_training.ipynb 35
+# %% ../nbs/06_training.ipynb 37
 def all_scores(
     config: DDPOConfig,
     pipe: DiffusionPipeline,
@@ -613,7 +634,7 @@ def all_scores(
         scores.append(raw_scores(reward_fn, eval_rewards, imgs, asked))
     return np.concatenate(gathered(images)), with_total(reward_fn, gathered(scores))
 
-# %% ../nbs/06_training.ipynb 36
+# %% ../nbs/06_training.ipynb 38
 def evaluate(
     config: DDPOConfig,
     pipe: DiffusionPipeline,
@@ -624,7 +645,7 @@ def evaluate(
     images, scores = all_scores(config, pipe, prompts, reward_fn, {})
     return images, scores["reward"]
 
-# %% ../nbs/06_training.ipynb 38
+# %% ../nbs/06_training.ipynb 40
 def verdict(
     before: torch.Tensor,  # rewards of the untrained model, [N]
     after: torch.Tensor,   # of the trained one, on the same prompts and noise, [N]
