@@ -101,7 +101,7 @@ def test_rehearsal_makes_a_pipeline():
         train_emoji_model(work, out, share=0.0005)
         train_emoji_flow(work, out, share=0.0003)
         assert sorted(p.name for p in out.iterdir()) == [
-            "emoji", "emoji_flow", "emoji_classifier.safetensors", "emoji_judge.safetensors"]
+            "emoji", "emoji_classifier.safetensors", "emoji_flow", "emoji_judge.safetensors"]
         pipe = StableDiffusionPipeline.from_pretrained(out / "emoji")
         assert {p.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder)
                 for p in m.parameters()} == {torch.float32}
