@@ -1,4 +1,5 @@
 "Every public name of every chapter: `from ddpo_scratch.all import *`."
+from .models import *
 from .pipelines import *
 from .prompts import *
 from .sampling import *
@@ -10,3 +11,4 @@ from .lora import *
 from .training import *
 from .cli import *
 from .emoji_model import *
+from .twins import *

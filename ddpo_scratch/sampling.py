@@ -121,7 +121,7 @@ def decoding_fn(
     A megapixel at a time is decoded, for the VAE takes most memory of all; rounding happens on the
     device, so that one byte a value is copied instead of four."""
     latents = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    latents = latents + (pipe.vae.config.shift_factor or 0)
+    latents = latents + (pipe.vae.config.get("shift_factor") or 0)
     parts = latents.split(pictures_at_once(latents.shape[-1] * pipe.vae_scale_factor))
     images = torch.cat([pipe.vae.decode(part).sample for part in parts]).float()
     finite = images.isfinite().flatten(1).all(1)
