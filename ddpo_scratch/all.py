@@ -11,4 +11,3 @@ from .lora import *
 from .training import *
 from .cli import *
 from .emoji_model import *
-from .twins import *
