@@ -58,7 +58,7 @@ class StableDiffusion:
     network, network_class = "unet", UNet2DConditionModel  # the pipeline's part that is trained
     guides = True     # a guidance scale above 1 asks the network twice, with the prompt and without
     patch = 1         # latents' height and width are multiples of it
-    packed = 1        # so many values of a latent are one channel of the network's
+    packed = 1        # the network has so many times the latents' channels
 
     def loading(self, found: dict) -> dict:
         "Arguments for `from_pretrained`, given what model_index.json says."
