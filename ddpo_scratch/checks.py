@@ -28,6 +28,11 @@ def check_pipe(
 ) -> None:
     "`TypeError` or `ValueError` for a pipeline whose steps are not the policy of chapter 2."
     family = family_of(pipe)
+    if family.flow and not is_flow(pipe.scheduler):
+        raise TypeError(f"a {type(pipe).__name__} is a flow model's, and its scheduler is a "
+                        f"{type(pipe.scheduler).__name__}. Use load_pipeline, or set "
+                        "pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(…) from "
+                        "its checkpoint.")
     if not isinstance(pipe.scheduler, DDIMScheduler) and not is_flow(pipe.scheduler):
         raise TypeError(f"the pipeline's scheduler is a {type(pipe.scheduler).__name__}; the "
                         "policy is DDIM's step, or a flow model's. Use load_pipeline, or set "
@@ -73,7 +78,9 @@ def check_policy_arguments(
     if not isinstance(guidance_scale, numbers.Real) or not math.isfinite(guidance_scale):
         raise ValueError("guidance_scale must be a finite number (at most 1: no guidance), "
                          f"not {guidance_scale!r}.")
-    family_of(pipe).check_guidance(pipe, guidance_scale)
+    if guidance_scale > 1 and not family_of(pipe).takes_guidance(pipe):
+        raise ValueError(f"guidance_scale is {guidance_scale}, and this model takes none (it was "
+                         "distilled to need none, like Flux schnell): set cfg to 1.")
 
 # %% ../nbs/90_checks.ipynb 7
 def check_size(
@@ -166,7 +173,7 @@ def check_loss_arguments(
         raise ValueError(f"kl_coef must be a number of at least 0 (off), not {kl_coef!r}.")
     if kl_coef > 0 and ref_unet is None:
         raise ValueError(f"kl_coef is {kl_coef}, and there is nothing to stay close to: give "
-                         "ref_unet, a frozen copy of the untrained UNet.")
+                         "ref_unet, a frozen copy of the untrained network.")
 
 # %% ../nbs/90_checks.ipynb 13
 def check_reward_fn(
@@ -300,7 +307,8 @@ def check_field(
     if name in ("buffer_size", "min_count") and value == 1:
         raise ValueError(f"{name} must be at least 2: one reward alone is its own mean.")
     if name == "img_size" and value % 8:
-        raise ValueError(f"img_size must be a multiple of 8 pixels, not {value!r}.")
+        raise ValueError("img_size must be a multiple of 8 pixels (of 16 for some models), not "
+                         f"{value!r}.")
     if name in POSITIVE and not (number(numbers.Real, 0) and value > 0):
         raise ValueError(f"{name} must be a number above 0 (and below 1e9), not {value!r}.")
     if name == "timestep_fraction" and not (number(numbers.Real, 0) and 0 < value <= 1):

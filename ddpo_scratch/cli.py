@@ -24,7 +24,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, field, fields, make_dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, NamedTuple, get_args
@@ -266,7 +266,7 @@ def what_ran(
     if Path(source).is_dir(): source = str(Path(source).absolute())
     return replace(
         config,
-        pipeline="emoji" if source == pipeline_source("emoji") else source,
+        pipeline=next((name for name in EMBEDDED if source == pipeline_source(name)), source),
         prompts=next((name for name, fn in PROMPTS.items() if fn is prompt_fn),
                      str(prompt_fn.path.absolute()) if isinstance(prompt_fn, PromptFile) else
                      called(prompt_fn)),
@@ -338,10 +338,9 @@ def check_unchanged(
 def fingerprint(
     unet: torch.nn.Module,
 ) -> str:
-    "Tells a UNet from another one, or from itself after training: SHA-256 of its first weights."
-    first = [weight.detach().float().cpu().numpy().tobytes()
-             for weight in islice(unet.parameters(), 20)]
-    return hashlib.sha256(b"".join(first)).hexdigest()
+    "Tells a network from another, or from itself after training: SHA-256 of parts of its weights."
+    parts = torch.cat([weight.detach().flatten()[:64].float() for weight in unet.parameters()])
+    return hashlib.sha256(parts.cpu().numpy().tobytes()).hexdigest()
 
 
 def check_base(
@@ -352,10 +351,10 @@ def check_base(
     try:
         begun = yaml.safe_load((folder / "versions.yaml").read_text("utf-8"))["untrained_unet"]
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / 'versions.yaml'} is damaged: it does not say which UNet the "
-                         "run began with (untrained_unet).") from error
+        raise ValueError(f"{folder / 'versions.yaml'} is damaged: it does not say which weights "
+                         "the run began with (untrained_unet).") from error
     if begun != base:
-        raise ValueError(f"the run in {folder} began with another UNet than the pipeline has now. "
+        raise ValueError(f"the run in {folder} began with other weights than the pipeline has now. "
                          "Perhaps it has been trained since: load it again.")
 
 
@@ -483,9 +482,10 @@ def plain_reward(
     "The reward of what `pipe(prompt)` draws by itself, each prompt always from the same noise."
     rewards, bar = [], getattr(pipe, "_progress_bar_config", {})
     network, shape = network_of(pipe), latents_shape(pipe, 1, config.img_size, config.img_size)
-    at_a_time = config.sample_batch_size if config.cfg > 1 else -(-config.sample_batch_size // 2)
+    guides = family_of(pipe).guides and config.cfg <= 1  # which doubles the rows
+    at_a_time = -(-config.sample_batch_size // (1 + guides))
     pipe.set_progress_bar_config(disable=True)
-    for batch in sampling_batches(len(prompts[:64]), at_a_time):  # guidance doubles its rows
+    for batch in sampling_batches(len(prompts[:64]), at_a_time):
         if len(batch) == 0: continue
         asked = [prompts[i] for i in batch]
         noise = noise_sources(config.seed, EVALUATION, batch.tolist())
@@ -536,8 +536,9 @@ def last_look(
     plain = plain_reward(config, pipe, prompts, reward_fn)
     usual = inspect.signature(pipe.__call__).parameters
     steps, guidance = (usual[name].default for name in ("num_inference_steps", "guidance_scale"))
+    guidance = f", guidance {guidance}" if family_of(pipe).takes_guidance(pipe) else ""
     lines.append(f"the first {len(prompts[:64])} drawn by pipe(prompt) alone, {steps} steps "
-                 f"without noise, guidance {guidance}: reward {run['plain']:.4f} before, "
+                 f"without noise{guidance}: reward {run['plain']:.4f} before, "
                  f"{plain:.4f} after")
     for line in lines: say(line)
     save_pictures(folder / "after.png", prompts, images, after["reward"])
@@ -596,20 +597,27 @@ def model_card(
     "What was trained and how, and the code that opens it and draws with its own sampler."
     flow, name = is_flow(pipe.scheduler), family_of(pipe).pipeline.__name__
     here, is_hub = "path/to/this/folder", HUB_NAME.fullmatch(config.pipeline)
+    is_embedded = config.pipeline in EMBEDDED
     base = "path/to/" * Path(config.pipeline).is_absolute() + without_folders(config.pipeline)
     config = replace(config, **{name: without_folders(getattr(config, name)) for name in (
         "pipeline", "prompts", "reward", "eval_rewards")})
     parts = "".join(f", {part}=None" for part in ("text_encoder_3", "tokenizer_3")
                     if getattr(pipe, part, "") is None)  # of which diffusers wants to be told
+    if in_16_bits := lora and config.precision == "bf16": parts += ", dtype=torch.bfloat16"
     load = f'{name}.from_pretrained("{base if lora else here}"{parts})'
     imports = [name] if flow else ["DDIMScheduler", name]
     lines = [f"from diffusers import {', '.join(imports)}", "", f"pipe = {load}"]
     if lora: lines.append(f'pipe.load_lora_weights("{here}")')
-    if lora and config.pipeline in EMBEDDED:
+    if lora and is_embedded:
         lines[:3] = ["from ddpo_scratch.all import load_pipeline",
                      *(["from diffusers import DDIMScheduler"] * (not flow)), "",
                      f'pipe = load_pipeline("{base}")']
-    if not flow: lines.append("pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)")
+    if in_16_bits and "torch" in lines[2]: lines.insert(0, "import torch")
+    if not flow:
+        says = ",\n    ".join(f"{key}={pipe.scheduler.config[key]!r}" for key in (
+            "clip_sample", "set_alpha_to_one", "steps_offset", "timestep_spacing"))
+        lines.append("pipe.scheduler = DDIMScheduler.from_config(\n    pipe.scheduler.config, "
+                     f"{says})")
     return CARD.format(
         **asdict(config), base=f"base_model: {config.pipeline}\n" if is_hub else "",
         lora=", lora" if lora else "", opening="\n".join(lines), example=run["prompts"][0],

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     SchedulerMixin,
@@ -56,6 +55,7 @@ class StableDiffusion:
     "Stable Diffusion 1 and 2; and what holds for the other families unless they say otherwise."
     pipeline = StableDiffusionPipeline
     network, network_class = "unet", UNet2DConditionModel  # the pipeline's part that is trained
+    flow = False      # whether it has a flow model's scheduler always
     guides = True     # a guidance scale above 1 asks the network twice, with the prompt and without
     patch = 1         # latents' height and width are multiples of it
     packed = 1        # the network has so many times the latents' channels
@@ -68,8 +68,8 @@ class StableDiffusion:
         "The tokenizer that reads furthest, and how many tokens."
         return pipe.tokenizer, pipe.tokenizer.model_max_length
 
-    def check_guidance(self, pipe: DiffusionPipeline, guidance_scale: float) -> None:
-        "`ValueError` for a guidance scale that the model cannot follow."
+    def takes_guidance(self, pipe: DiffusionPipeline) -> bool:
+        return True
 
     def encode(self, pipe, prompts: list[str], guidance_scale: float) -> list[dict]:
         "The network's arguments for the prompts; before them, with guidance, for none."
@@ -126,7 +126,7 @@ class StableDiffusionXL(StableDiffusion):
 # %% ../nbs/18_models.ipynb 11
 class StableDiffusion3(StableDiffusion):
     "Stable Diffusion 3 and 3.5, with T5 or without."
-    pipeline, patch = StableDiffusion3Pipeline, 2
+    pipeline, flow, patch = StableDiffusion3Pipeline, True, 2
     network, network_class = "transformer", SD3Transformer2DModel
 
     def loading(self, found):  # of a folder saved without T5, diffusers wants to be told so
@@ -155,7 +155,7 @@ class StableDiffusion3(StableDiffusion):
 # %% ../nbs/18_models.ipynb 13
 class Flux(StableDiffusion):
     "Flux.1, dev and schnell."
-    pipeline, guides, patch, packed = FluxPipeline, False, 2, 4
+    pipeline, flow, guides, patch, packed = FluxPipeline, True, False, 2, 4
     network, network_class = "transformer", FluxTransformer2DModel
 
     def loading(self, found):
@@ -164,15 +164,13 @@ class Flux(StableDiffusion):
     def reads(self, pipe):
         return pipe.tokenizer_2, 512
 
-    def check_guidance(self, pipe, guidance_scale):
-        if guidance_scale > 1 and not pipe.transformer.config.guidance_embeds:
-            raise ValueError(f"guidance_scale is {guidance_scale}, and this model takes none (it "
-                             "was distilled to need none, like Flux schnell): set cfg to 1.")
+    def takes_guidance(self, pipe):
+        return pipe.transformer.config.guidance_embeds
 
     def encode(self, pipe, prompts, guidance_scale):
         given, pooled, _ = pipe.encode_prompt(prompts, None, pipe.text_encoder.device)
         rows = dict(encoder_hidden_states=given, pooled_projections=pooled)
-        if pipe.transformer.config.guidance_embeds:
+        if self.takes_guidance(pipe):
             rows["guidance"] = given.new_full((len(prompts),), guidance_scale, dtype=torch.float32)
         return [rows]
 
@@ -256,7 +254,7 @@ def is_flow(
     scheduler: SchedulerMixin,
 ) -> bool:
     "Whether it is a flow model's: its noise levels are those of the straight line."
-    return (isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or
+    return (type(scheduler).__name__.startswith("FlowMatch") or
             scheduler.config.get("prediction_type") == "flow_prediction")
 
 

@@ -43,8 +43,8 @@ def in_its_own_type(
 ):
     "For a while, whoever calls the UNet may bring floats of any type, and gets that type back."
     def cast(values, dtype):
-        return tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor)
-                        and x.is_floating_point() else x, values)
+        return tree_map(lambda x: x.to(dtype) if isinstance(x, torch.Tensor) and x.ndim > 1
+                        and x.is_floating_point() else x, values)  # timesteps stay exact
     asked = []
     def before(module, args, kwargs):
         asked.append((args[0] if args else kwargs["hidden_states"]).dtype)

@@ -200,10 +200,10 @@ def make_schedule(
     "The tables of the pipeline's walk: DDIM's, or those of a flow model."
     if isinstance(pipe.scheduler, DDIMScheduler):
         return ddim_schedule(pipe.scheduler, num_inference_steps, eta)
-    family = family_of(pipe)
+    family, steps = family_of(pipe), num_inference_steps
+    sigmas = None if pipe.scheduler.config.get("use_flow_sigmas") else family.sigmas(steps)
     mu = shift_of(pipe.scheduler, (height // family.patch) * (width // family.patch))
-    timesteps, *tables = flow_tables(
-        pipe.scheduler, num_inference_steps, eta, family.sigmas(num_inference_steps), mu)
+    timesteps, *tables = flow_tables(pipe.scheduler, steps, eta, sigmas, mu)
     return Schedule(timesteps, *(x.float() for x in tables), "flow", None)
 
 # %% ../nbs/02_sampling.ipynb 34

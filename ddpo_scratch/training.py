@@ -87,7 +87,7 @@ class DDPOConfig:
     reward: str = "aesthetic"  # a name, yours (rewards.py:redness), or a sum: aesthetic:1,animal:2
     scale_rewards: bool = True  # count the parts of a sum in their own deviations, else as they are
     eval_rewards: str | None = None  # others, after commas, that are watched and not trained on
-    img_size: int = 512  # height and width of a picture, pixels, a multiple of 8
+    img_size: int = 512  # height and width of a picture, pixels, a multiple of 8, or of 16
     seed: int = 0  # of prompts, noise and shuffling
 
     num_epochs: int = 50  # rounds of sampling and updating
@@ -168,14 +168,15 @@ PRESETS: dict[str, DDPOConfig] = {
         min_count=8, gradient_checkpointing=False),
     "sdxl": DDPOConfig(
         pipeline="stabilityai/stable-diffusion-xl-base-1.0", img_size=1024, precision="bf16",
-        lora_rank=4, lr=3e-4, clip_advantages=5.0, sample_batch_size=4, gradient_accumulation=4),
+        lora_rank=4, lr=3e-4, max_grad_norm=50.0, clip_advantages=5.0, sample_batch_size=2,
+        gradient_accumulation=2),
     "sd35": DDPOConfig(
         pipeline="stabilityai/stable-diffusion-3.5-medium", reward="pickscore", precision="bf16",
         num_samples_per_epoch=192, samples_per_prompt=24, num_timesteps=10, timestep_fraction=0.9,
-        lora_rank=32, lora_alpha=64.0, lora_targets=(
-            *LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-        lr=3e-4, batch_size=96, cfg=4.5, eta=0.7, clip_advantages=5.0, kl_coef=1e-3,
-        buffer_size=24, min_count=12, sample_batch_size=8, gradient_accumulation=24),
+        lora_rank=32, lora_alpha=64.0, lora_targets=tuple(f"attn.{name}" for name in (
+            *LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
+        lr=3e-4, batch_size=96, max_grad_norm=9.0, cfg=4.5, eta=0.7, clip_advantages=5.0,
+        kl_coef=1e-3, buffer_size=24, min_count=12, sample_batch_size=8, gradient_accumulation=12),
 }
 
 

@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscr
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch.distributions import MultivariateNormal, Normal
 
+from ddpo_scratch.cli import run_training
 from ddpo_scratch.lora import save_lora
 from ddpo_scratch.loss import step_loss
 from ddpo_scratch.models import (
@@ -25,6 +26,7 @@ from ddpo_scratch.models import (
     shift_of,
 )
 from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline
+from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.sampling import (
     Schedule,
     calculate_log_probs,
@@ -34,7 +36,7 @@ from ddpo_scratch.sampling import (
     sd_sample,
     step_distribution,
 )
-from ddpo_scratch.training import make_config, train
+from ddpo_scratch.training import make_config, make_prompt_fn, train
 from ddpo_scratch.twins import TWINS, make_twin
 
 PROMPTS = ["a fox", "a picture of an owl"]
@@ -72,6 +74,11 @@ def test_same_pictures_as_plain_diffusers(name, folders):
         pictures = decoding_fn(latents, ours).astype(int)
         assert abs(pictures - np.round(expected * 255)).max() <= 1
         assert pictures.shape == (2, 48, 64, 3) and pictures.std() > 10
+        def other(prompts, guidance):
+            latents, _, _ = sd_sample(prompts, ours, 48, 64, guidance, 5, 1e-6, "cpu", noise(1))
+            return decoding_fn(latents, ours).astype(int)
+        assert abs(pictures - other(["a whale", "owl"], guidance)).max() > 1
+        if guidance > 1: assert abs(pictures - other(PROMPTS, 9.0)).max() > 1
 # pytest calls this test, the notebook does not: fixtures are pytest's
 
 
@@ -82,7 +89,8 @@ def redness(images, prompts):
 def tiny_run(**changes):
     return make_config("blog", **dict(
         num_epochs=2, num_samples_per_epoch=4, batch_size=2, num_timesteps=3, img_size=32,
-        sample_batch_size=3, lr=1e-3, clip_ratio=0.1, eta=0.7, cfg=3.0, kl_coef=0.1) | changes)
+        sample_batch_size=3, lr=1e-3, clip_ratio=0.1, eta=0.7, cfg=3.0, kl_coef=0.1, offload=True,
+    ) | changes)
 
 
 @pytest.mark.parametrize("lora_rank", (0, 4))
@@ -95,8 +103,9 @@ def test_training_saving_and_opening_again(name, lora_rank, folders):
     frozen = weights(*frozen_parts(pipe))
     targets = ("to_q", "to_k", "to_v", "to_out.0")
     prompts = iter(PROMPTS * 4)
-    first, second = train(tiny_run(lora_rank=lora_rank, cfg=guidance_of(name)), pipe,
-                          lambda: next(prompts), redness)
+    config = tiny_run(lora_rank=lora_rank, cfg=guidance_of(name),
+                      lora_alpha=3.0 * lora_rank if lora_rank else None)
+    first, second = train(config, pipe, lambda: next(prompts), redness)
     assert first["max_log_ratio"] < 1e-5 and first["grad_norm"] > 0
     assert second["ref_kl"] > first["ref_kl"] >= 0 and first["skipped"] == 0
     assert torch.equal(frozen, weights(*frozen_parts(pipe)))
@@ -287,6 +296,9 @@ def test_other_schedulers_of_flow_models():
         timesteps, signal, level, *_, std = flow_tables(scheduler, 6, 0.7)
         assert (level.diff() < 0).all() and 0.99 < level[0] <= 1 and std.max() < 1
         torch.testing.assert_close(timesteps / 1000.0, level.float(), rtol=0, atol=2e-3)
+        pipe = make_twin("flux-dev")
+        pipe.scheduler = scheduler
+        torch.testing.assert_close(make_schedule(pipe, 6, 0.7, 4, 4).noise, level.float())
     for bad in (FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
                 diffusers.FlowMatchHeunDiscreteScheduler()):
         with pytest.raises(ValueError, match="do not fall from at most 1 to 0"):
@@ -349,6 +361,9 @@ def test_what_cannot_be():
     refused(flux, ValueError, "no policy to train", a=0)
     refused(make_twin("sd3"), ValueError, "multiple of 16", size=24)
     refused(make_twin("sdxl"), TypeError, "EulerDiscreteScheduler.*ddim_scheduler")
+    ddim = make_twin("sd3")
+    ddim.scheduler = make_twin("sd2").scheduler
+    refused(ddim, TypeError, "flow model.*DDIMScheduler.*FlowMatchEuler")
     other = diffusers.DDPMPipeline(None, DDIMScheduler())
     refused(other, TypeError, "one of StableDiffusionPipeline, StableDiffusionXL.*not a DDPMPipe")
     with pytest.raises(ValueError, match="16 channels and gives 16, where the latents have 64"):
@@ -386,5 +401,25 @@ def test_the_command(name, folders):
         opened = {}
         exec(code, opened)
         assert opened["picture"].size == (32, 32)
+        trained_with = load_pipeline(folders[name], "cpu").scheduler.config
+        for key in ("clip_sample", "set_alpha_to_one", "steps_offset", "prediction_type", "shift"):
+            assert opened["pipe"].scheduler.config.get(key) == trained_with.get(key)
         assert any("lora" in key for key, _ in network_of(opened["pipe"]).named_parameters())
 # pytest calls this test, the notebook does not: it takes ten seconds and more
+
+
+def test_an_adapter_of_the_embedded_flow_model():
+    "The run knows the model by its name; the card's code opens the adapter and draws."
+    config = make_config("emoji", pipeline="emoji_flow", eta=0.7, num_epochs=1, lora_rank=2,
+                         num_samples_per_epoch=4, samples_per_prompt=1, num_timesteps=3,
+                         num_eval_samples=3, eval_rewards=None, reward="jpeg_compressibility")
+    with TemporaryDirectory() as room:
+        run_training(config, load_pipeline("emoji_flow", "cpu"), make_prompt_fn(config.prompts),
+                     JPEGCompressibility(), f"{room}/a")
+        assert "pipeline: emoji_flow\n" in (Path(room) / "a" / "config.yaml").read_text("utf-8")
+        card = (Path(room) / "a" / "lora" / "README.md").read_text("utf-8")
+        code = re.search("```python\\n(.*?)```", card, re.S).group(1)
+        assert 'load_pipeline("emoji_flow")' in code
+        opened = {}
+        exec(code.replace("path/to/this/folder", f"{room}/a/lora"), opened)
+        assert opened["picture"].size == (64, 64)
