@@ -208,10 +208,13 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id))
 
 
-def new_unet() -> UNet2DConditionModel:
+def new_unet(
+    channels: tuple[int, int] = (64, 128),  # of the two levels
+    groups: int = 16,                       # into which normalisation divides them
+) -> UNet2DConditionModel:
     "Two levels, 8×8 and 4×4, with cross-attention on both; 4.3 M parameters."
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(64, 128), layers_per_block=1, norm_num_groups=16,
+        sample_size=8, block_out_channels=channels, layers_per_block=1, norm_num_groups=groups,
         cross_attention_dim=128, attention_head_dim=4,
         down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
 
@@ -251,6 +254,22 @@ def encode_captions(
         for phrasing in ("", *PHRASINGS)])
 
 
+def draw_batch(
+    latents: torch.Tensor,       # of unit variance, [A, N, 4, 8, 8]
+    phrasings: int,              # how many a caption can have; 0 is the empty prompt
+    generator: torch.Generator,
+    batch_size: int,
+    drop: float,                 # share of captions that are left out
+) -> tuple[torch.Tensor, torch.Tensor, tuple]:  # x_0, as much noise, and where the captions are
+    "Latents, noise, and the place of each caption among all phrasings and pictures."
+    def draw(count): return torch.randint(count, (batch_size,), generator=generator)
+    pick = draw(latents.shape[1])
+    x_0 = latents[draw(latents.shape[0]), pick]
+    phrasing = 1 + draw(phrasings - 1)
+    phrasing[torch.rand(batch_size, generator=generator) < drop] = 0
+    return x_0, torch.randn(x_0.shape, generator=generator), (phrasing, pick)
+
+
 def denoising_loss(
     model: nn.ModuleDict,        # "text_encoder" and "unet"
     scheduler: DDIMScheduler,
@@ -261,14 +280,9 @@ def denoising_loss(
     drop: float = 0.1,           # share of captions that are left out
 ) -> torch.Tensor:
     "L_simple (Ho et al. 2020, eq. 14) with captions."
-    def draw(count): return torch.randint(count, (batch_size,), generator=generator)
-    pick = draw(latents.shape[1])
-    x_0 = latents[draw(latents.shape[0]), pick]
-    phrasing = 1 + draw(len(token_ids) - 1)
-    phrasing[torch.rand(batch_size, generator=generator) < drop] = 0
-    noise = torch.randn(x_0.shape, generator=generator)
-    t = draw(scheduler.config.num_train_timesteps)
-    hidden = model["text_encoder"](token_ids[phrasing, pick])[0]
+    x_0, noise, captions = draw_batch(latents, len(token_ids), generator, batch_size, drop)
+    t = torch.randint(scheduler.config.num_train_timesteps, (batch_size,), generator=generator)
+    hidden = model["text_encoder"](token_ids[captions])[0]
     return F.mse_loss(model["unet"](scheduler.add_noise(x_0, noise, t), t, hidden).sample, noise)
 
 # %% ../nbs/10_emoji_model.ipynb 26
@@ -408,14 +422,6 @@ def main() -> None:
     tyro.cli(train_emoji_model)
 
 # %% ../nbs/10_emoji_model.ipynb 33
-def new_flow_unet() -> UNet2DConditionModel:
-    "As the embedded model's, three quarters as wide; 2.4 M parameters."
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(48, 96), layers_per_block=1, norm_num_groups=8,
-        cross_attention_dim=128, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2)
-
-
 def flow_matching_loss(
     unet: UNet2DConditionModel,
     latents: torch.Tensor,       # of unit variance, [A, N, 4, 8, 8]
@@ -425,16 +431,11 @@ def flow_matching_loss(
     drop: float = 0.1,           # share of captions that are left out
 ) -> torch.Tensor:
     "Squared error of the velocity, with t of a logit-normal distribution."
-    def draw(count): return torch.randint(count, (batch_size,), generator=generator)
-    pick = draw(latents.shape[1])
-    x_0 = latents[draw(latents.shape[0]), pick]
-    phrasing = 1 + draw(len(words) - 1)
-    phrasing[torch.rand(batch_size, generator=generator) < drop] = 0
-    noise = torch.randn(x_0.shape, generator=generator)
+    x_0, noise, captions = draw_batch(latents, len(words), generator, batch_size, drop)
     t = torch.randn(batch_size, generator=generator).sigmoid()
     share = t.view(-1, 1, 1, 1)
     x_t = (1 - share) * x_0 + share * noise
-    return F.mse_loss(unet(x_t, 1000 * t, words[phrasing, pick]).sample, noise - x_0)
+    return F.mse_loss(unet(x_t, 1000 * t, words[captions]).sample, noise - x_0)
 
 # %% ../nbs/10_emoji_model.ipynb 35
 def train_emoji_flow(
@@ -452,7 +453,7 @@ def train_emoji_flow(
         words = torch.stack([pipe.text_encoder(token_ids)[0]
                              for token_ids in encode_captions(pipe.tokenizer, animals)])
     torch.manual_seed(7)
-    raw_unet = new_flow_unet()
+    raw_unet = new_unet((48, 96), 8)  # three quarters as wide, 2.4 M parameters
     unet, _ = fit(raw_unet, lambda g: flow_matching_loss(raw_unet, latents, words, g),
                   max(2, round(9000 * share)), 1e-3, 0.998, work / "flow.pt", seed=6)
     pipe.unet = unet.half()

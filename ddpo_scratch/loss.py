@@ -127,12 +127,13 @@ def compute_loss(
                          num_inference_steps, timestep_fraction, kl_coef, ref_unet)
     schedule = make_schedule(pipe, num_inference_steps, eta, *x_t.shape[-2:]).to(device)
     words = words or encode_prompts(prompts, pipe, guidance_scale, device)
+    network = network_of(pipe)
     advantages = advantages.detach().clamp(-clip_advantages, clip_advantages)
 
     parts = []
     for step in range(trained_steps(num_inference_steps, timestep_fraction)):
         part = step_loss(step, x_t, original_log_probs, advantages, clip_ratio, words,
-                         network_of(pipe), schedule, guidance_scale, kl_coef, ref_unet)
+                         network, schedule, guidance_scale, kl_coef, ref_unet)
         loss = share * part.loss
         (loss if scaler is None else scaler.scale(loss)).backward()
         parts.append(part._replace(loss=part.loss.detach()))

@@ -114,18 +114,27 @@ def configurations(
                          f"download: {', '.join(EMBEDDED)}, {', '.join(SHIPPED)}.") from error
 
 
+def build(
+    kind: type,        # of the UNet or transformer, or one of transformers' text encoders
+    settings: dict,    # its configuration
+    config: DDPOConfig,
+) -> torch.nn.Module:
+    "The module with new weights, of the type in which a run loads it."
+    module = (kind.from_config(settings) if hasattr(kind, "from_config") else
+              kind(kind.config_class(**settings)))
+    return torch.nn.Module.to(module, frozen_type(config)).eval()
+
+
 def models(
     config: DDPOConfig,
     made: Made,
 ) -> tuple:  # network as it is trained, the KL's reference or None, VAE, text encoders
     "The modules on the meta device, which has shapes and types and nothing else."
-    def typed(module): return torch.nn.Module.to(module, frozen_type(config)).eval()
-    def network(): return typed(made.family.network_class.from_config(made.network))
+    def network(): return build(made.family.network_class, made.network, config)
     with torch.device("meta"):
         trained, vae = network(), AutoencoderKL.from_config(made.vae).eval()
-        text_encoders = [
-            typed(kind(kind.config_class(**settings))) for kind, settings in
-            ((getattr(transformers, name), settings) for name, settings in made.text_encoders)]
+        text_encoders = [build(getattr(transformers, name), settings, config)
+                         for name, settings in made.text_encoders]
         has_copy = config.kl_coef > 0 and not config.lora_rank
         reference = network().requires_grad_(False) if has_copy else None
     for module in (vae, *text_encoders): module.requires_grad_(False)
@@ -192,7 +201,8 @@ class Work:
         self.network, self.reference, self.vae, self.text_encoders = models(config, made)
         self.modules = [module for module in (self.network, self.vae, self.reference)
                         if isinstance(module, torch.nn.Module)]
-        self.side = config.img_size // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.side = config.img_size // self.factor
         self.channels = self.network.config.in_channels // self.family.packed
 
     def inputs(self, samples: int) -> tuple[torch.Tensor, Conditioning, Schedule]:
@@ -201,7 +211,7 @@ class Work:
         tokens = self.text_encoders[0].config.max_position_embeddings
         rows = family.blank(self.network.config, samples * (1 + guided), tokens)
         return (torch.zeros(2, samples, self.channels, self.side, self.side),
-                Conditioning(rows, partial(family.ask, 8), guided),
+                Conditioning(rows, partial(family.ask, self.factor), guided),
                 Schedule(*(torch.zeros(1) for _ in range(6)), "epsilon", None))
 
     def sample(self, x, words, schedule) -> None:
@@ -343,19 +353,17 @@ def full_size(
 ) -> DiffusionPipeline:
     "The pipeline with random weights, the embedded model's tokenizer, and no T5."
     embedded, made = load_pipeline("emoji", "cpu"), SHIPPED[config.pipeline]
-    def ready(module): return torch.nn.Module.to(module, frozen_type(config)).eval()
     with torch.device(config.device):
-        parts = {made.family.network: ready(made.family.network_class.from_config(made.network)),
+        parts = {made.family.network: build(made.family.network_class, made.network, config),
                  "vae": AutoencoderKL.from_config(made.vae).eval()}
         for number, (name, settings) in enumerate(made.text_encoders, 1):
-            kind, end = getattr(transformers, name), f"_{number}".removesuffix("_1")
-            is_t5 = name == "T5EncoderModel"
-            parts["text_encoder" + end] = None if is_t5 else ready(kind(
-                kind.config_class(**settings)))
+            end, is_t5 = f"_{number}".removesuffix("_1"), name == "T5EncoderModel"
+            parts["text_encoder" + end] = None if is_t5 else build(
+                getattr(transformers, name), settings, config)
             parts["tokenizer" + end] = None if is_t5 else embedded.tokenizer
     embedded.tokenizer.model_max_length = 77
-    scheduler = (FlowMatchEulerDiscreteScheduler(shift=3.0)
-                 if made.family.network == "transformer" else embedded.scheduler)
+    scheduler = (FlowMatchEulerDiscreteScheduler(shift=3.0) if made.family.flow
+                 else embedded.scheduler)
     no_filter = dict(feature_extractor=None) | made.family.loading({})
     pipe = made.family.pipeline(scheduler=scheduler, **no_filter | parts)
     for module in frozen_parts(pipe): module.requires_grad_(False)
