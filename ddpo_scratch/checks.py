@@ -19,10 +19,32 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from torch import nn
 
-from .models import family_of, is_flow, network_of
+from .models import StableDiffusion, family_of, is_flow, network_of
 from .precision import DTYPES
 
 # %% ../nbs/90_checks.ipynb 5
+def check_parts(
+    family: StableDiffusion,  # one of `FAMILIES`
+    found: dict,              # what model_index.json says
+    given: dict,              # what `load_pipeline` was given in place of it
+) -> None:
+    "`ValueError` for parts that the pipeline does not have, and for lack of some that it needs."
+    kind, known = family.pipeline, inspect.signature(family.pipeline.__init__).parameters
+    if unknown := given.keys() - known.keys() - {"variant"}:
+        raise ValueError(f"a {kind.__name__} has no {' and no '.join(sorted(unknown))}. It has "
+                         f"{', '.join(name for name in known if name != 'self')}.")
+    there = {name: None if part == [None, None] else part for name, part in (found | given).items()}
+    lacks = {name for name, parameter in known.items() if parameter.default is parameter.empty
+             and name != "self" and there.get(name) is None}
+    for group in family.spared:
+        if lacks.issuperset(group): lacks.difference_update(group)
+    if lacks:
+        together = "".join(f" ({' and '.join(group)} only together.)" for group in family.spared
+                           if len(group) > 1)
+        raise ValueError(f"{', '.join(sorted(lacks))} cannot be left out of a {kind.__name__}."
+                         f"{together}")
+
+# %% ../nbs/90_checks.ipynb 6
 def check_pipe(
     pipe: DiffusionPipeline,
 ) -> None:
@@ -51,7 +73,7 @@ def check_pipe(
                          f"the latents have {latent}: all must be the same. (Models for inpainting "
                          "take nine, those that edit pictures eight; a prompt is not enough.)")
 
-# %% ../nbs/90_checks.ipynb 6
+# %% ../nbs/90_checks.ipynb 7
 def check_policy_arguments(
     prompts: list[str],        # at least one, all strings
     pipe: DiffusionPipeline,   # with a DDIM scheduler, or a flow model's
@@ -82,14 +104,20 @@ def check_policy_arguments(
         raise ValueError(f"guidance_scale is {guidance_scale}, and this model takes none (it was "
                          "distilled to need none, like Flux schnell): set cfg to 1.")
 
-# %% ../nbs/90_checks.ipynb 7
+# %% ../nbs/90_checks.ipynb 8
 def check_size(
     pipe: DiffusionPipeline,
     **sides: int,  # pixels by name, such as height=512
 ) -> None:
-    "`ValueError` for a picture size that is no multiple of the VAE's factor, times a patch's side."
+    """`ValueError` for a picture size that the model cannot draw.
+
+    That is one beyond its largest, or no multiple of the VAE's factor times a patch's side."""
     factor = pipe.vae_scale_factor * family_of(pipe).patch
+    most = network_of(pipe).config.get("pos_embed_max_size")  # patches that have a place
     for side, pixels in sides.items():
+        if most and isinstance(pixels, numbers.Integral) and pixels > most * factor:
+            raise ValueError(f"{side} is {pixels!r}; this model draws at most {most * factor} "
+                             "pixels.")
         if not isinstance(pixels, numbers.Integral) or pixels < factor or pixels % factor:
             raise ValueError(f"{side} must be a positive multiple of {factor} pixels, not "
                              f"{pixels!r}: so many stand for one step of the latents.")
@@ -119,7 +147,7 @@ def check_prediction(
             "noise says nothing about x_0. Such models predict the velocity: set "
             "prediction_type='v_prediction' if this one does, else rescale_betas_zero_snr=False.")
 
-# %% ../nbs/90_checks.ipynb 9
+# %% ../nbs/90_checks.ipynb 10
 def check_finite(
     all_step_preds: torch.Tensor,  # trajectories, [T+1, B, C, h, w]
     prompts: list[str],            # B
@@ -133,7 +161,7 @@ def check_finite(
             f"from step {step} of {len(broken) - 1} on. Usual causes: weights ruined by too "
             "large a learning rate, a damaged checkpoint, half precision.")
 
-# %% ../nbs/90_checks.ipynb 11
+# %% ../nbs/90_checks.ipynb 12
 def check_loss_arguments(
     x_t: torch.Tensor,                 # [T+1, B, C, h, w]
     original_log_probs: torch.Tensor,  # [T, B]
@@ -175,7 +203,7 @@ def check_loss_arguments(
         raise ValueError(f"kl_coef is {kl_coef}, and there is nothing to stay close to: give "
                          "ref_unet, a frozen copy of the untrained network.")
 
-# %% ../nbs/90_checks.ipynb 13
+# %% ../nbs/90_checks.ipynb 14
 def check_reward_fn(
     reward_fn: Callable,  # a function, or an `nn.Module`
 ) -> None:
@@ -195,7 +223,7 @@ def check_reward_fn(
                         f"picture; this one is {reward_name(reward_fn)}{signature}. Wrap it in a "
                         "function of these two.") from None
 
-# %% ../nbs/90_checks.ipynb 14
+# %% ../nbs/90_checks.ipynb 15
 def to_array(
     values,        # numbers: a sequence, an array, or a tensor of any type on any device
 ) -> np.ndarray:   # on the CPU; tensors of floats as float64
@@ -205,7 +233,7 @@ def to_array(
         values = values.double() if values.is_floating_point() else values
     return np.asarray(values)
 
-# %% ../nbs/90_checks.ipynb 15
+# %% ../nbs/90_checks.ipynb 16
 def reward_name(
     reward_fn: Callable,
 ) -> str:
@@ -242,7 +270,7 @@ def check_images(
                              f"go from {low[index]:.4g} to {high[index]:.4g}. A float tensor's "
                              "must lie between 0 and 1.")
 
-# %% ../nbs/90_checks.ipynb 16
+# %% ../nbs/90_checks.ipynb 17
 def check_rewards(
     rewards,                # what a reward function returned: tensor, array or sequence of numbers
     prompts: Sequence[str], # the B prompts that it judged
@@ -273,7 +301,7 @@ def check_rewards(
                              f"is {reward}. Rewards must be finite.")
     return rewards
 
-# %% ../nbs/90_checks.ipynb 17
+# %% ../nbs/90_checks.ipynb 18
 def check_weight(
     name: str,  # of a reward in a sum
     weight: float,
@@ -285,7 +313,7 @@ def check_weight(
         raise ValueError(f"the weight of {name} must not be 0, and lie between -1e9 and 1e9; it is "
                          f"{weight!r}.")
 
-# %% ../nbs/90_checks.ipynb 19
+# %% ../nbs/90_checks.ipynb 20
 COUNTS = ("num_samples_per_epoch", "samples_per_prompt", "num_epochs", "num_inner_epochs",
           "num_timesteps", "batch_size", "sample_batch_size", "num_eval_samples", "img_size",
           "buffer_size", "min_count", "gradient_accumulation", "save_every", "keep")
@@ -348,7 +376,7 @@ def check_installed(
         raise ValueError(f"{setting} needs the package {package}, which is not installed: "
                          f"pip install 'ddpo_scratch[{package}]' brings it.")
 
-# %% ../nbs/90_checks.ipynb 20
+# %% ../nbs/90_checks.ipynb 21
 class Skipped:
     "Counts updates that are left out because they are not finite; `most` in a row are an error."
     most = 10  # in a row; in fp16 the scaler needs some to find its scale

@@ -57,7 +57,7 @@ from .lora import adapters_of
 from .models import family_of, is_flow, latents_shape, network_of
 from .pipelines import EMBEDDED, load_pipeline, pipeline_source
 from .plan import make_plan, plan_text
-from .precision import frozen_type, in_its_own_type, in_precision
+from .precision import DTYPES, frozen_type, in_its_own_type, in_precision
 from .processes import from_the_first, gathered, processes, say
 from .prompts import PromptFile
 from ddpo_scratch.rewards import (
@@ -480,9 +480,9 @@ def plain_reward(
     reward_fn: Callable,  # (images, prompts) → one number each
 ) -> float:               # mean
     "The reward of what `pipe(prompt)` draws by itself, each prompt always from the same noise."
-    rewards, bar = [], getattr(pipe, "_progress_bar_config", {})
+    rewards, bar, family = [], getattr(pipe, "_progress_bar_config", {}), family_of(pipe)
     network, shape = network_of(pipe), latents_shape(pipe, 1, config.img_size, config.img_size)
-    guides = family_of(pipe).guides and config.cfg <= 1  # which doubles the rows
+    guides = family.guides and config.cfg <= 1  # which doubles the rows
     at_a_time = -(-config.sample_batch_size // (1 + guides))
     pipe.set_progress_bar_config(disable=True)
     for batch in sampling_batches(len(prompts[:64]), at_a_time):
@@ -491,8 +491,8 @@ def plain_reward(
         noise = noise_sources(config.seed, EVALUATION, batch.tolist())
         with in_precision(config.precision, network), in_its_own_type(network):
             drawn = pipe(asked, height=config.img_size, width=config.img_size, generator=noise,
-                         output_type="latent").images
-        drawn = family_of(pipe).unpacked(drawn, *shape[2:])
+                         output_type="latent", **family.calling(pipe)).images
+        drawn = family.unpacked(drawn, *shape[2:])
         images = decoding_fn(drawn, pipe)
         rewards.append(ask(reward_fn, images, asked))
     pipe.set_progress_bar_config(**bar)
@@ -569,7 +569,7 @@ It was trained to draw in {num_timesteps} steps with noise ({walk}), guidance {c
 ```python
 {opening}
 picture = pipe({example!r}, num_inference_steps={num_timesteps},{eta_argument} guidance_scale={cfg},
-               height={img_size}, width={img_size}).images[0]
+               height={img_size}, width={img_size}{calling}).images[0]
 ```
 
 All settings:
@@ -603,8 +603,9 @@ def model_card(
         "pipeline", "prompts", "reward", "eval_rewards")})
     parts = "".join(f", {part}=None" for part in ("text_encoder_3", "tokenizer_3")
                     if getattr(pipe, part, "") is None)  # of which diffusers wants to be told
-    if in_16_bits := lora and config.precision == "bf16": parts += ", dtype=torch.bfloat16"
-    load = f'{name}.from_pretrained("{base if lora else here}"{parts})'
+    in_16_bits = lora and config.precision != "fp32"
+    if in_16_bits: parts += f", dtype={DTYPES[config.precision]}"
+    load = f'{name}.from_pretrained(\n    "{base if lora else here}"{parts})'
     imports = [name] if flow else ["DDIMScheduler", name]
     lines = [f"from diffusers import {', '.join(imports)}", "", f"pipe = {load}"]
     if lora: lines.append(f'pipe.load_lora_weights("{here}")')
@@ -625,6 +626,7 @@ def model_card(
         walk=f"a flow model's walk, a = {config.eta:g}" if flow else f"DDIM, eta {config.eta:g}",
         this="that walk;\n`diffusers` has its own, without noise" if flow else "this",
         eta_argument="" if flow else f" eta={config.eta},",
+        calling="".join(f", {key}={value}" for key, value in family_of(pipe).calling(pipe).items()),
         verdict="\n".join(f"- {line}" for line in verdict.splitlines()),
         settings=as_yaml(asdict(config)))
 

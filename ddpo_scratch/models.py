@@ -6,6 +6,8 @@
 __all__ = ['Conditioning', 'network_of']
 
 # %% ../nbs/18_models.ipynb 3
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -59,6 +61,7 @@ class StableDiffusion:
     guides = True     # a guidance scale above 1 asks the network twice, with the prompt and without
     patch = 1         # latents' height and width are multiples of it
     packed = 1        # the network has so many times the latents' channels
+    spared = (("safety_checker",), ("feature_extractor",))  # parts it can do without, each alone
 
     def loading(self, found: dict) -> dict:
         "Arguments for `from_pretrained`, given what model_index.json says."
@@ -70,6 +73,10 @@ class StableDiffusion:
 
     def takes_guidance(self, pipe: DiffusionPipeline) -> bool:
         return True
+
+    def calling(self, pipe: DiffusionPipeline) -> dict:
+        "What the pipeline's own call has to be told beside the usual."
+        return {}
 
     def encode(self, pipe, prompts: list[str], guidance_scale: float) -> list[dict]:
         "The network's arguments for the prompts; before them, with guidance, for none."
@@ -97,7 +104,7 @@ class StableDiffusion:
 # %% ../nbs/18_models.ipynb 9
 class StableDiffusionXL(StableDiffusion):
     "Stable Diffusion XL, its base model."
-    pipeline = StableDiffusionXLPipeline
+    pipeline, spared = StableDiffusionXLPipeline, ()
 
     def loading(self, found):
         return {}
@@ -128,6 +135,7 @@ class StableDiffusion3(StableDiffusion):
     "Stable Diffusion 3 and 3.5, with T5 or without."
     pipeline, flow, patch = StableDiffusion3Pipeline, True, 2
     network, network_class = "transformer", SD3Transformer2DModel
+    spared = (("text_encoder_3", "tokenizer_3"),)
 
     def loading(self, found):  # of a folder saved without T5, diffusers wants to be told so
         return {name: None for name in ("text_encoder_3", "tokenizer_3")
@@ -156,19 +164,26 @@ class StableDiffusion3(StableDiffusion):
 class Flux(StableDiffusion):
     "Flux.1, dev and schnell."
     pipeline, flow, guides, patch, packed = FluxPipeline, True, False, 2, 4
-    network, network_class = "transformer", FluxTransformer2DModel
+    network, network_class, spared = "transformer", FluxTransformer2DModel, ()
 
     def loading(self, found):
         return {}
 
+    def tokens(self, config) -> int:
+        return 512 if config.guidance_embeds else 256  # schnell was trained on fewer
+
     def reads(self, pipe):
-        return pipe.tokenizer_2, 512
+        return pipe.tokenizer_2, self.tokens(pipe.transformer.config)
 
     def takes_guidance(self, pipe):
         return pipe.transformer.config.guidance_embeds
 
+    def calling(self, pipe):
+        return dict(max_sequence_length=self.tokens(pipe.transformer.config))
+
     def encode(self, pipe, prompts, guidance_scale):
-        given, pooled, _ = pipe.encode_prompt(prompts, None, pipe.text_encoder.device)
+        given, pooled, _ = pipe.encode_prompt(
+            prompts, None, pipe.text_encoder.device, **self.calling(pipe))
         rows = dict(encoder_hidden_states=given, pooled_projections=pooled)
         if self.takes_guidance(pipe):
             rows["guidance"] = given.new_full((len(prompts),), guidance_scale, dtype=torch.float32)
@@ -185,7 +200,8 @@ class Flux(StableDiffusion):
         return self.unpacked(output, *x.shape[-2:])
 
     def blank(self, config, count, tokens):
-        rows = dict(encoder_hidden_states=torch.zeros(count, 512, config.joint_attention_dim),
+        words = torch.zeros(count, self.tokens(config), config.joint_attention_dim)
+        rows = dict(encoder_hidden_states=words,
                     pooled_projections=torch.zeros(count, config.pooled_projection_dim))
         return rows | (dict(guidance=torch.zeros(count)) if config.guidance_embeds else {})
 
@@ -270,6 +286,27 @@ def shift_of(
     return least + (most - least) / (high - low) * (patches - low)
 
 # %% ../nbs/18_models.ipynb 25
+def warn_of_grain(
+    a: float,             # noise of the walk
+    t: torch.Tensor,      # levels before each step, [T]
+    after: torch.Tensor,  # and after it, [T]
+    room: torch.Tensor,   # 1 - t, of which σ_t is made, [T]
+) -> None:
+    """A warning where a step leaves twice as much noise as the level that it goes to has.
+
+    A perfect ε̂ gives after² + a² (t − after)² / room + a⁴ (t − after)² / 4 room². Levels next to 0,
+    where a little noise is much more than there should be, are passed over."""
+    step = (t - after)[after > 0.1] ** 2 / room[after > 0.1]
+    level = after[after > 0.1] ** 2
+    bend = step / (4 * room[after > 0.1])  # of the quadratic equation for a²
+    most = (-step + (step**2 + 12 * bend * level).sqrt()) / (2 * bend)
+    if (a**2 > most).any():
+        works = math.floor(20 * most.min().sqrt()) / 20
+        warnings.warn(
+            f"eta = {a} is so much noise for {len(t)} steps that the network sees latents twice as "
+            f"noisy as it was trained on: take at most {works:g}, or more steps.", stacklevel=2)
+
+# %% ../nbs/18_models.ipynb 26
 @lru_cache(maxsize=16)
 def flow_tables(
     scheduler: SchedulerMixin,           # a flow model's; its noise levels are taken as they are
@@ -290,5 +327,6 @@ def flow_tables(
     room = 1 - t
     if t[0] > 0.99: room[0] = 1 - after[0]  # σ_t has no bound there
     variance = a**2 * t / room
+    warn_of_grain(a, t, after, room)
     return (scheduler.timesteps.cpu(), 1 - t, t, 1 - after,
             after - variance * (t - after) / (2 * t), (variance * (t - after)).sqrt())

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
+from .checks import check_parts
 from .models import FAMILIES, StableDiffusion, frozen_parts, is_flow
 from .processes import processes
 
@@ -42,7 +43,7 @@ EMBEDDED = ("emoji", "emoji_flow")
 
 
 def pipeline_source(
-    name: str | os.PathLike,  # "emoji", a local folder, or a hub id of the form "owner/model"
+    name: str | os.PathLike,  # one of `EMBEDDED`, a local folder, or a hub id: "owner/model"
 ) -> str:                     # what `from_pretrained` opens
     "Where the pipeline called `name` is. `ValueError` for a name that can be none of the three."
     if not isinstance(name, (str, os.PathLike)):
@@ -61,16 +62,18 @@ def pipeline_source(
         hint = (" Did you mean the pipeline that this adapter was trained on? Load that one, and "
                 "then pipe.load_lora_weights.")
     raise ValueError(
-        f"unknown pipeline {name!r}.{hint} Known: 'emoji' (embedded, needs no download), a folder "
-        "that holds a model_index.json, or a hub id such as 'CompVis/stable-diffusion-v1-4'.")
+        f"unknown pipeline {name!r}.{hint} Known: 'emoji' and 'emoji_flow' (embedded, need no "
+        "download), a folder that holds a model_index.json, or a hub id such as "
+        "'CompVis/stable-diffusion-v1-4'.")
 
 
 def borrowed(
     source: str,  # from `pipeline_source`
+    dtype: torch.dtype,
 ) -> dict:
     "What the embedded flow model has from the other embedded one: all but UNet and scheduler."
     if source != pipeline_source("emoji_flow"): return {}
-    pipe = load_pipeline("emoji", "cpu")
+    pipe = load_pipeline("emoji", "cpu", dtype)
     return {name: pipe.components[name] for name in ("vae", "text_encoder", "tokenizer")}
 
 # %% ../nbs/00_pipelines.ipynb 9
@@ -114,20 +117,23 @@ def family_in(
 
 # %% ../nbs/00_pipelines.ipynb 12
 def load_pipeline(
-    name: str | os.PathLike = "emoji",         # "emoji", a local folder, or a hub id: "owner/model"
+    name: str | os.PathLike = "emoji",         # or "emoji_flow", a local folder, or a hub id
     device: str | torch.device | None = None,  # any torch device; None: CUDA if there is one
     dtype: torch.dtype = torch.float32,        # of all but the VAE: 16 bits, to train an adapter
-    **parts,  # in place of the checkpoint's: text_encoder_3=None, tokenizer_3=None go without T5
+    **parts,  # in place of the checkpoint's: text_encoder_3=None, tokenizer_3=None go without T5;
+    #           variant="fp16" takes files of that name
 ) -> DiffusionPipeline:  # with DDIM or its own flow scheduler; VAE, text encoders frozen
     "A pipeline made ready for reinforcement learning. `ValueError` where it cannot be had."
     device, source = default_device(device), pipeline_source(name)
     try:
         family, found = family_in(source)
+        parts = borrowed(source, dtype) | parts
+        check_parts(family, found, parts)
         with warnings.catch_warnings():  # of scheduler settings that are about to be replaced
             warnings.filterwarnings("ignore", "(?s).*(steps_offset|clip_sample)", FutureWarning)
             pipe = family.pipeline.from_pretrained(
                 source, dtype={"default": dtype, "vae": torch.float32},
-                **family.loading(found) | borrowed(source) | parts)
+                **family.loading(found) | parts)
     except OSError as error:
         moved = f"It has moved to {MOVED[source]!r}. " if source in MOVED else ""
         hub = "" if Path(source).is_dir() else (
@@ -139,4 +145,4 @@ def load_pipeline(
     for part in frozen_parts(pipe): part.requires_grad_(False)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    return pipe.to(device)
+    return pipe if pipe.device == device else pipe.to(device)

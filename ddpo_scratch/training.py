@@ -82,7 +82,7 @@ def plain_value(
 class DDPOConfig:
     "Everything that a run needs to be repeated. The defaults are the blog's."
 
-    pipeline: str = "CompVis/stable-diffusion-v1-4"  # "emoji", a folder, or a hub id
+    pipeline: str = "CompVis/stable-diffusion-v1-4"  # "emoji", "emoji_flow", a folder, a hub id
     prompts: str = "imagenet_animal_prompts"  # a known name, or a text file with a prompt a line
     reward: str = "aesthetic"  # a name, yours (rewards.py:redness), or a sum: aesthetic:1,animal:2
     scale_rewards: bool = True  # count the parts of a sum in their own deviations, else as they are
@@ -171,7 +171,7 @@ PRESETS: dict[str, DDPOConfig] = {
         lora_rank=4, lr=3e-4, max_grad_norm=50.0, clip_advantages=5.0, sample_batch_size=2,
         gradient_accumulation=2),
     "sd35": DDPOConfig(
-        pipeline="stabilityai/stable-diffusion-3.5-medium", reward="pickscore", precision="bf16",
+        pipeline="stabilityai/stable-diffusion-3.5-medium", reward="pickscore", precision="fp16",
         num_samples_per_epoch=192, samples_per_prompt=24, num_timesteps=10, timestep_fraction=0.9,
         lora_rank=32, lora_alpha=64.0, lora_targets=tuple(f"attn.{name}" for name in (
             *LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),

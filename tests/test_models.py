@@ -3,6 +3,7 @@ import copy
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -69,8 +70,9 @@ def test_same_pictures_as_plain_diffusers(name, folders):
     if name in ("sd2", "sdxl"): theirs.scheduler = ddim_scheduler(theirs.scheduler.config)
     for guidance in {1.0, guidance_of(name)}:
         latents, _, _ = sd_sample(PROMPTS, ours, 48, 64, guidance, 5, 1e-6, "cpu", noise(1))
+        reads = dict(max_sequence_length=256) if name == "flux-schnell" else {}  # its card says so
         expected = theirs(PROMPTS, height=48, width=64, guidance_scale=guidance, output_type="np",
-                          num_inference_steps=5, generator=noise(1)).images
+                          num_inference_steps=5, generator=noise(1), **reads).images
         pictures = decoding_fn(latents, ours).astype(int)
         assert abs(pictures - np.round(expected * 255)).max() <= 1
         assert pictures.shape == (2, 48, 64, 3) and pictures.std() > 10
@@ -254,6 +256,28 @@ def perfect_velocity(x, timestep):
     return ((x - x_0) / t)[..., None, None]
 
 
+def test_too_much_noise_is_told():
+    "A warning for what leaves twice as much noise as a level has, simulated; and what works."
+    for steps, shift in ((10, 1.0), (10, 3.0), (4, 1.0)):
+        def warned(a):
+            scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                tables = flow_tables(scheduler, steps, a)[1:]
+            return tables, [str(warning.message) for warning in told]
+        assert not warned(0.7)[1]
+        tables, (told,) = warned(5.0)
+        works = float(re.search("at most ([0-9.]+), ", told).group(1))
+        for a, fine in ((works, True), (works + 0.05, False)):
+            (_, _, signal, weight, std), told = warned(a)
+            draw = weight[:, None] * torch.randn(40_000, generator=noise(), dtype=torch.float64)
+            draw += std[:, None] * torch.randn(40_000, generator=noise(1), dtype=torch.float64)
+            worst = (draw.std(1) / (1 - signal))[1 - signal > 0.1].max()
+            assert bool(told) != fine and (worst < 2.02 if fine else worst > 1.98)
+
+
+
+
 def test_the_walk_ends_in_the_data():
     "For several a and shifts: mean and covariance of 20,000 walks, in few steps and in many."
     mean = (SHARES[:, None] * MEANS).sum(0)
@@ -360,6 +384,8 @@ def test_what_cannot_be():
     refused(flux, ValueError, "multiple of 16", size=40)
     refused(flux, ValueError, "no policy to train", a=0)
     refused(make_twin("sd3"), ValueError, "multiple of 16", size=24)
+    most = 16 * make_twin("sd3").transformer.config.pos_embed_max_size
+    refused(make_twin("sd3"), ValueError, f"draws at most {most} pixels", size=most + 16)
     refused(make_twin("sdxl"), TypeError, "EulerDiscreteScheduler.*ddim_scheduler")
     ddim = make_twin("sd3")
     ddim.scheduler = make_twin("sd2").scheduler
@@ -373,6 +399,39 @@ def test_what_cannot_be():
     with pytest.raises(ValueError, match="unknown twin 'sd4'. Known: sd2, sdxl"): make_twin("sd4")
 
 
+
+
+def test_parts_that_a_pipeline_needs():
+    "`load_pipeline` says at once which are missing or unknown; T5 and its tokenizer go together."
+    with TemporaryDirectory() as room:
+        for name in ("sd2", "sdxl", "sd3", "flux-dev"):
+            make_twin(name).save_pretrained(f"{room}/{name}")
+        for name, parts, match in (
+                ("sd2", dict(vae=None), "vae cannot be left out of a StableDiffusionPipeline"),
+                ("sdxl", dict(text_encoder_2=None, tokenizer=None), "text_encoder_2, tokenizer"),
+                ("sd3", dict(tokenizer_3=None), "tokenizer_3 .*tokenizer_3 only"),
+                ("sd3", dict(text_encoder=None) | WITHOUT_T5, "^text_encoder cannot be left out"),
+                ("flux-dev", dict(text_encoder_3=None), "has no text_encoder_3. It has scheduler"),
+                ("sd2", dict(guidance=3), "has no guidance. It has vae, ")):
+            with pytest.raises(ValueError, match=match):
+                load_pipeline(f"{room}/{name}", "cpu", **parts)
+        assert load_pipeline(f"{room}/sd3", "cpu", **WITHOUT_T5).text_encoder_3 is None
+        other = make_twin("sd2", seed=1).vae
+        assert load_pipeline(f"{room}/sd2", "cpu", vae=other, image_encoder=None).vae is other
+    half = load_pipeline("emoji_flow", "cpu", torch.bfloat16)
+    assert half.unet.dtype == half.text_encoder.dtype == torch.bfloat16
+    assert half.vae.dtype == torch.float32
+
+
+
+
+def test_schnell_reads_256_tokens():
+    "As its card says; dev 512."
+    for name, count in (("flux-schnell", 256), ("flux-dev", 512)):
+        words = encode_prompts(PROMPTS, make_twin(name), 1.0, "cpu")
+        assert words.rows["encoder_hidden_states"].shape[:2] == (2, count)
+
+
 @pytest.mark.parametrize("name", ("sdxl", "sd3-without-t5", "flux-dev"))
 def test_the_command(name, folders):
     "A run of an adapter in 16 bits, stopped and resumed; the card's own code opens the result."
@@ -380,8 +439,9 @@ def test_the_command(name, folders):
              "--prompts", "emoji_animal_prompts", *(
                  f"--{key}={value}" for key, value in dict(
                      img_size=32, num_epochs=2, num_samples_per_epoch=4, batch_size=2, eta=0.7,
-                     num_timesteps=3, num_eval_samples=3, lora_rank=2, precision="bf16",
-                     clip_ratio=0.1, save_every=1, device="cpu", cfg=3.0).items())]
+                     num_timesteps=3, num_eval_samples=3, lora_rank=2, clip_ratio=0.1, save_every=1,
+                     precision="fp16" if name == "sd3-without-t5" else "bf16", device="cpu",
+                     cfg=3.0).items())]
     with TemporaryDirectory() as room:
         def command(*rest):
             done = subprocess.run([sys.executable, "-m", "ddpo_scratch", *rest], cwd=room,

@@ -1,11 +1,11 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
-All but the last two train; beside this file they leave a table, a line for each look at fresh
+All but the last three train; beside this file they leave a table, a line for each look at fresh
 pictures on the way, and for chapter 9 a strip of pictures. `right` and `samplers` look at what
 `ddpo_train --seed N --name seedN` has left in runs/seed0, runs/seed1 and runs/seed2, whose
-metrics.csv are seed0.csv, seed1.csv and seed2.csv here. (Chapter 18's flow0.csv and flow1.csv are
-those of `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`.) The committed pictures
-were reduced to 256 colours afterwards.
+metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `flow` at what `ddpo_train --pipeline
+emoji_flow --eta 0.7 --seed N --name flowN` has left in runs/flow0 and runs/flow1. The committed
+pictures were reduced to 256 colours afterwards.
 """
 import argparse
 import time
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ddpo_scratch.cli import csv_text, png_bytes, progress_strip, write_file
+from ddpo_scratch.cli import csv_text, plain_reward, png_bytes, progress_strip, write_file
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.rewards import (
     JPEGCompressibility,
@@ -186,8 +186,27 @@ def samplers():
     return rows
 
 
+def flow():
+    "The flow model, before and after training, as it was trained and by pipe(prompt); chapter 18."
+    rows = []
+    for seed in (0, 1):
+        config = make_config("emoji", pipeline="emoji_flow", eta=0.7, seed=seed)
+        prompts = fresh_prompts(config, make_prompt_fn(config.prompts))
+        for model, source in (("untrained", "emoji_flow"),
+                              ("trained", f"runs/flow{seed}/pipeline")):
+            pipe, reward_fn = load_pipeline(source, "cpu"), make_reward(config.reward, "cpu")
+            images, rewards = evaluate(config, pipe, prompts, reward_fn)
+            rows.append({
+                "seed": seed, "model": model, "right": round(
+                    share_right(images, prompts, judge), 4), "reward": round(
+                    rewards.mean().item(), 4), "reward of pipe(prompt)": round(
+                    plain_reward(config, pipe, prompts, reward_fn), 4)})
+            print(rows[-1], flush=True)
+    return rows
+
+
 TABLES = {function.__name__: function for function in (
-    groups, reinforce, gamed, incompressible, right, samplers)}
+    groups, reinforce, gamed, incompressible, right, samplers, flow)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
