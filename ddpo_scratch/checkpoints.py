@@ -123,6 +123,7 @@ def state_to_dict(
     return {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
             "stats": {prompt: list(queue) for prompt, queue in state.tracker.stats.items()},
             "in_a_row": state.skipped.in_a_row, "shuffler": state.shuffler.get_state(),
+            "unet_batch": state.unet_batch,
             "random": random_states(), "history": state.history, "now": now}
 
 
@@ -136,6 +137,7 @@ def state_from_dict(
     state.tracker.stats = {prompt: deque(rewards, maxlen=state.tracker.buffer_size)
                            for prompt, rewards in saved["stats"].items()}
     state.skipped.in_a_row = saved["in_a_row"]
+    state.unet_batch = state.unet_batch or saved.get("unet_batch")  # older ones have none
     state.shuffler.set_state(saved["shuffler"])
     state.history = saved["history"]
     for name, value in saved["now"].items(): setattr(state.now, name, value)

@@ -23,6 +23,10 @@ from .models import StableDiffusion, family_of, is_flow, network_of
 from .precision import DTYPES
 
 # %% ../nbs/90_checks.ipynb 5
+HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "token")
+OPTIONS = ("variant", "use_safetensors", "quantization_config", *HUB_OPTIONS)
+
+
 def check_parts(
     family: StableDiffusion,  # one of `FAMILIES`
     found: dict,              # what model_index.json says
@@ -30,9 +34,10 @@ def check_parts(
 ) -> None:
     "`ValueError` for parts that the pipeline does not have, and for lack of some that it needs."
     kind, known = family.pipeline, inspect.signature(family.pipeline.__init__).parameters
-    if unknown := given.keys() - known.keys() - {"variant"}:
+    if unknown := given.keys() - known.keys() - set(OPTIONS):
         raise ValueError(f"a {kind.__name__} has no {' and no '.join(sorted(unknown))}. It has "
-                         f"{', '.join(name for name in known if name != 'self')}.")
+                         f"{', '.join(name for name in known if name != 'self')}; options of "
+                         f"loading are {', '.join(OPTIONS)}; the type is dtype.")
     there = {name: None if part == [None, None] else part for name, part in (found | given).items()}
     lacks = {name for name, parameter in known.items() if parameter.default is parameter.empty
              and name != "self" and there.get(name) is None}
@@ -117,7 +122,7 @@ def check_size(
     for side, pixels in sides.items():
         if most and isinstance(pixels, numbers.Integral) and pixels > most * factor:
             raise ValueError(f"{side} is {pixels!r}; this model draws at most {most * factor} "
-                             "pixels.")
+                             "pixels a side.")
         if not isinstance(pixels, numbers.Integral) or pixels < factor or pixels % factor:
             raise ValueError(f"{side} must be a positive multiple of {factor} pixels, not "
                              f"{pixels!r}: so many stand for one step of the latents.")
@@ -316,7 +321,8 @@ def check_weight(
 # %% ../nbs/90_checks.ipynb 20
 COUNTS = ("num_samples_per_epoch", "samples_per_prompt", "num_epochs", "num_inner_epochs",
           "num_timesteps", "batch_size", "sample_batch_size", "num_eval_samples", "img_size",
-          "buffer_size", "min_count", "gradient_accumulation", "save_every", "keep")
+          "buffer_size", "min_count", "gradient_accumulation", "save_every", "keep",
+          "max_unet_batch")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 POSITIVE = ("eta", "lr", "max_grad_norm", "clip_advantages", "clip_ratio")
 
@@ -328,7 +334,8 @@ def check_field(
     "`ValueError` for a number out of range, `TypeError` for something else than is wanted."
     def number(kind, low, high=1e9):
         return isinstance(value, kind) and not isinstance(value, bool) and low <= value < high
-    if value is None and name in ("buffer_size", "min_count", "device", "eval_rewards"):
+    if value is None and name in (
+            "buffer_size", "min_count", "device", "eval_rewards", "max_unet_batch"):
         return
     if name in COUNTS and not number(numbers.Integral, 1):
         raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
@@ -362,7 +369,8 @@ def check_field(
     strings = ("pipeline", "prompts", "reward", "eval_rewards", "device")
     if name in strings and not isinstance(value, str):
         raise TypeError(f"{name} is a name, a string, not a {type(value).__name__}.")
-    switches = ("gradient_checkpointing", "anneal_lr", "use_8bit_adam", "offload", "scale_rewards")
+    switches = ("gradient_checkpointing", "anneal_lr", "use_8bit_adam", "offload", "scale_rewards",
+                "skip_clipped")
     if name in switches and not isinstance(value, bool):
         raise TypeError(f"{name} is True or False, not {value!r}.")
 

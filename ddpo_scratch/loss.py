@@ -45,39 +45,40 @@ def gaussian_kl(
 
 # %% ../nbs/05_loss.ipynb 23
 class StepLoss(NamedTuple):
-    "What one step of a batch says of the policy; tensors on its device."
-    loss: torch.Tensor       # to be back-propagated: mean over the batch, []
-    log_ratio: torch.Tensor  # log p_θ − log p_θold, mean over a latent's elements, detached, [B]
-    clipped: torch.Tensor    # where the clip has cut the gradient off, bool, [B]
-    ref_kl: torch.Tensor     # divergence from the reference, detached, nats, []; 0 without one
+    "What steps of B samples say of the policy; tensors of [B] on its device."
+    loss: torch.Tensor       # to be back-propagated
+    log_ratio: torch.Tensor  # log p_θ − log p_θold, mean over a latent's elements, detached
+    clipped: torch.Tensor    # where the clip has cut the gradient off, bool
+    ref_kl: torch.Tensor     # divergence from the reference, detached, nats; 0 without one
 
 
 def step_loss(
-    step: int,                         # which of the T denoising steps, 0 … T-1
-    x_t: torch.Tensor,                 # trajectories, [T+1, B, C, h, w]
-    original_log_probs: torch.Tensor,  # [T, B]
+    step: int | torch.Tensor,          # which of the T denoising steps, 0 … T-1; or each one's, [B]
+    x_t: torch.Tensor,                 # the states' latents, [B, C, h, w]
+    action: torch.Tensor,              # x_{t-1}, as it was drawn then, same shape
+    original_log_probs: torch.Tensor,  # its log-probability then, [B]
     advantages: torch.Tensor,          # clipped, [B]
     clip_ratio: float,                 # ε
     words: Conditioning,               # from `encode_prompts`
     unet: torch.nn.Module,
-    schedule: Schedule,                # on the trajectories' device
+    schedule: Schedule,                # on the latents' device
     guidance_scale: float,             # as it was when sampling
     kl_coef: float = 0.0,              # β, weight of the divergence from `ref_unet`
     ref_unet: torch.nn.Module | None = None,  # is asked only where β is above 0
 ) -> StepLoss:
-    "How likely is the action of one step now, compared with when it was taken; and is that good?"
-    state = (x_t[step].detach(), step, words, schedule, guidance_scale)
+    "How likely is each action now, compared with when it was taken; and is that good?"
+    state = (x_t.detach(), step, words, schedule, guidance_scale)
     mean, std = step_distribution(unet, *state)
-    log_probs = calculate_log_probs(x_t[step + 1], mean, std).flatten(1).mean(1)
-    losses = clipped_surrogate(log_probs, original_log_probs[step], advantages, clip_ratio)
-    loss, ref_kl = losses.mean(), torch.zeros((), device=losses.device)
+    log_probs = calculate_log_probs(action, mean, std).flatten(1).mean(1)
+    loss = clipped_surrogate(log_probs, original_log_probs, advantages, clip_ratio)
+    log_ratio = (log_probs - original_log_probs).detach()
+    clipped = loss.detach() > -advantages * log_ratio.exp()
+    ref_kl = torch.zeros_like(log_ratio)
     if kl_coef > 0:
         with torch.no_grad():
             ref_mean, _ = step_distribution(ref_unet, *state)
-        ref_kl = gaussian_kl(mean, ref_mean, std).mean()
+        ref_kl = gaussian_kl(mean, ref_mean, std)
         loss = loss + kl_coef * ref_kl
-    log_ratio = (log_probs - original_log_probs[step]).detach()
-    clipped = losses.detach() > -advantages * log_ratio.exp()
     return StepLoss(loss, log_ratio, clipped, ref_kl.detach())
 
 # %% ../nbs/05_loss.ipynb 25
@@ -89,14 +90,23 @@ def trained_steps(
     return max(1, round(num_inference_steps * timestep_fraction))
 
 
+def in_parts(
+    pairs: torch.Tensor,  # [P], at least one
+    most: int,            # of a part
+) -> tuple[torch.Tensor, ...]:
+    "As few parts as possible; their sizes differ by at most one."
+    return pairs.tensor_split(-(-len(pairs) // most))
+
+
 def sum_up(
-    parts: list[StepLoss],  # of the trained steps, without graphs
+    parts: list[StepLoss],  # of all trained steps of all samples, without graphs
+    samples: int,           # B
 ) -> tuple[float, dict[str, float]]:
     "The loss, and clip_fraction, approx_kl (the k3 estimator), max_log_ratio and ref_kl."
-    loss, log_ratio, clipped, ref_kl = map(torch.stack, zip(*parts))
+    loss, log_ratio, clipped, ref_kl = map(torch.cat, zip(*parts))
     values = torch.stack([
-        loss.sum(), clipped.to(loss.dtype).mean(), (log_ratio.expm1() - log_ratio).mean(),
-        log_ratio.abs().max(), ref_kl.mean()]).tolist()
+        loss.sum() / samples, clipped.to(loss.dtype).mean(),
+        (log_ratio.expm1() - log_ratio).mean(), log_ratio.abs().max(), ref_kl.mean()]).tolist()
     names = ("clip_fraction", "approx_kl", "max_log_ratio", "ref_kl")
     return values[0], dict(zip(names, values[1:]))
 
@@ -120,24 +130,40 @@ def compute_loss(
     scaler: torch.amp.GradScaler | None = None,  # scales the gradient, which fp16 needs
     share: float = 1.0,                # the gradient is multiplied by it: for a part of a batch
     words: Conditioning | None = None,  # of the prompts, where they have been encoded before
+    max_unet_batch: int | None = None,  # rows of a UNet call, at most; None: one step of the batch
+    skip_clipped: bool = False,        # whether to look first for steps that have no gradient
 ) -> float:                            # the loss: mean over the batch, sum over the trained steps
     "The clipped DDPO loss; adds its gradient to the UNet parameters' `.grad`. No optimiser step."
     check_policy_arguments(prompts, pipe, guidance_scale, num_inference_steps, eta)
     check_loss_arguments(x_t, original_log_probs, advantages, clip_advantages, clip_ratio, prompts,
                          num_inference_steps, timestep_fraction, kl_coef, ref_unet)
-    schedule = make_schedule(pipe, num_inference_steps, eta, *x_t.shape[-2:]).to(device)
+    schedule = make_schedule(pipe, num_inference_steps, eta, *x_t.shape[-2:], device)
     words = words or encode_prompts(prompts, pipe, guidance_scale, device)
-    network = network_of(pipe)
+    network, count = network_of(pipe), len(prompts)
     advantages = advantages.detach().clamp(-clip_advantages, clip_advantages)
+    at_once = count if max_unet_batch is None else max(1, max_unet_batch // (1 + words.guided))
 
-    parts = []
-    for step in range(trained_steps(num_inference_steps, timestep_fraction)):
-        part = step_loss(step, x_t, original_log_probs, advantages, clip_ratio, words,
-                         network, schedule, guidance_scale, kl_coef, ref_unet)
-        loss = share * part.loss
+    def loss_of(pairs: torch.Tensor) -> StepLoss:
+        step, sample = pairs // count, pairs % count
+        return step_loss(
+            step, x_t[step, sample], x_t[step + 1, sample], original_log_probs[step, sample],
+            advantages[sample], clip_ratio, words[sample], network, schedule, guidance_scale,
+            kl_coef, ref_unet)
+
+    pairs = torch.arange(
+        count * trained_steps(num_inference_steps, timestep_fraction), device=x_t.device)
+    seen, to_train = [], pairs
+    if skip_clipped and kl_coef == 0:
+        with torch.no_grad(): seen = [loss_of(part) for part in in_parts(pairs, at_once)]
+        idle = torch.cat([part.clipped for part in seen]) | (advantages[pairs % count] == 0)
+        to_train = pairs[~idle]
+        if len(to_train) == 0: to_train = pairs[:1]  # a gradient of zeros is not the same as none
+    for part in in_parts(to_train, at_once):
+        found = loss_of(part)
+        loss = share / count * found.loss.sum()
         (loss if scaler is None else scaler.scale(loss)).backward()
-        parts.append(part._replace(loss=part.loss.detach()))
-    loss, watched = sum_up(parts)
+        if to_train is pairs: seen.append(found._replace(loss=found.loss.detach()))
+    loss, watched = sum_up(seen, count)
     if metrics is not None:
         metrics.update({name: watched[name] for name in watched if name != "ref_kl" or kl_coef > 0})
     return loss

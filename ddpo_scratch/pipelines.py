@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 
-from .checks import check_parts
+from .checks import HUB_OPTIONS, check_parts
 from .models import FAMILIES, StableDiffusion, frozen_parts, is_flow
 from .processes import processes
 
@@ -106,9 +106,10 @@ MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusi
 
 def family_in(
     source: str,  # from `pipeline_source`
+    **options,    # those of `HUB_OPTIONS`
 ) -> tuple[StableDiffusion, dict]:  # and what model_index.json says
     "The family of what is there. `ValueError` if it is none of the known; `OSError` for nothing."
-    found = DiffusionPipeline.load_config(source)
+    found = DiffusionPipeline.load_config(source, **options)
     name = found.get("_class_name")
     if name not in FAMILIES:
         raise ValueError(f"{source!r} is a {name or 'folder without a class'}; what can be trained "
@@ -121,12 +122,13 @@ def load_pipeline(
     device: str | torch.device | None = None,  # any torch device; None: CUDA if there is one
     dtype: torch.dtype = torch.float32,        # of all but the VAE: 16 bits, to train an adapter
     **parts,  # in place of the checkpoint's: text_encoder_3=None, tokenizer_3=None go without T5;
-    #           variant="fp16" takes files of that name
+    #           or options of `from_pretrained`: variant="fp16", revision, token
 ) -> DiffusionPipeline:  # with DDIM or its own flow scheduler; VAE, text encoders frozen
     "A pipeline made ready for reinforcement learning. `ValueError` where it cannot be had."
     device, source = default_device(device), pipeline_source(name)
     try:
-        family, found = family_in(source)
+        family, found = family_in(
+            source, **{name: parts[name] for name in HUB_OPTIONS if name in parts})
         parts = borrowed(source, dtype) | parts
         check_parts(family, found, parts)
         with warnings.catch_warnings():  # of scheduler settings that are about to be replaced
@@ -145,4 +147,4 @@ def load_pipeline(
     for part in frozen_parts(pipe): part.requires_grad_(False)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    return pipe if pipe.device == device else pipe.to(device)
+    return pipe.to(device)

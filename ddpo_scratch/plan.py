@@ -221,10 +221,10 @@ class Work:
     def train(self, x, words, schedule) -> None:
         count = x.shape[1]
         with in_precision(self.precision, self.network, self.reference):
-            part = step_loss(0, x, torch.zeros(1, count), torch.zeros(count),
-                             self.config.clip_ratio, words, self.network, schedule,
-                             self.config.cfg, self.config.kl_coef, self.reference)
-            part.loss.backward()
+            part = step_loss(torch.zeros(count, dtype=torch.long), *x, torch.zeros(count),
+                             torch.zeros(count), self.config.clip_ratio, words, self.network,
+                             schedule, self.config.cfg, self.config.kl_coef, self.reference)
+            part.loss.sum().backward()
 
     def decode(self, x, words, schedule) -> None:
         with torch.no_grad(): self.vae.decode(x[0, :pictures_at_once(self.config.img_size)])
@@ -284,12 +284,16 @@ def make_plan(
     epoch = config.num_samples_per_epoch
     batch, at_a_time = min(config.batch_size, epoch), min(config.sample_batch_size, epoch)
     steps = trained_steps(config.num_timesteps, config.timestep_fraction)
+    at_once = part = -(-batch // config.gradient_accumulation)
+    if config.max_unet_batch is not None:
+        rows = 1 + (config.cfg > 1 and work.family.guides)  # of a sample
+        at_once = max(1, min(config.max_unet_batch // rows, part * steps))
     with FakeTensorMode():
         for module in work.modules: move_here(module)
         work.precision = config.precision
         peaks = {"sampling": work.peak(work.sample, at_a_time),
                  "decoding": work.peak(work.decode, at_a_time),
-                 "training": work.peak(work.train, -(-batch // config.gradient_accumulation)),
+                 "training": work.peak(work.train, at_once),
                  "AdamW's step": 0 if config.use_8bit_adam else 4 * trained}
     if config.offload:
         for phase in ("sampling", "decoding"): peaks[phase] += size(*others)
@@ -383,6 +387,9 @@ def rehearse(
         print(f"{what:10} {time.perf_counter() - start:6.1f} s   peak {peak:5.1f} GB", flush=True)
     config = make_config(preset, num_timesteps=2, timestep_fraction=0.5, device=device, kl_coef=0.0)
     config = replace(config, img_size=img_size or config.img_size, lora_rank=config.lora_rank or 4)
+    if config.precision == "fp16" and device == "cpu":
+        config = replace(config, precision="bf16")
+        print("in bf16 in place of fp16, in which a CPU is hundreds of times slower", flush=True)
     if config.pipeline not in SHIPPED:
         raise ValueError(f"preset {preset!r} is small enough to be run: give blog, sdxl or sd35.")
     pipe, size = full_size(config), config.img_size

@@ -8,9 +8,11 @@ __all__ = ['PROMPTS', 'PRESETS', 'DDPOConfig', 'make_prompt_fn', 'make_config', 
 
 # %% ../nbs/06_training.ipynb 4
 import copy
+import math
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +25,7 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 from fastprogress.core import IN_NOTEBOOK
+from torch.utils._pytree import tree_leaves
 
 from ddpo_scratch.checks import (
     Skipped,
@@ -35,7 +38,14 @@ from ddpo_scratch.checks import (
 )
 from .lora import LORA_TARGETS, AdapterOff, add_lora, check_lora, trained_weights
 from .loss import compute_loss
-from .models import Conditioning, family_of, frozen_parts, latents_shape, network_of
+from ddpo_scratch.models import (
+    Conditioning,
+    family_of,
+    frozen_parts,
+    joined,
+    latents_shape,
+    network_of,
+)
 from ddpo_scratch.precision import (
     check_precision,
     in_precision,
@@ -60,7 +70,14 @@ from ddpo_scratch.prompts import (
     imagenet_animal_prompts,
 )
 from .rewards import Scorer, WeightedSum, ask, parts_of
-from .sampling import decoding_fn, encode_prompts, make_schedule, sd_sample
+from ddpo_scratch.sampling import (
+    Schedule,
+    decoding_fn,
+    encode_prompts,
+    make_schedule,
+    sd_sample,
+)
+from .speed import measured_batch, searching_pays
 from .stat_tracker import PerPromptStatTracker
 
 # %% ../nbs/06_training.ipynb 6
@@ -116,6 +133,8 @@ class DDPOConfig:
     min_count: int | None = None  # from how many on they are its usual; None: half of buffer_size
 
     sample_batch_size: int = 32  # pictures sampled at a time; changes results by rounding only
+    max_unet_batch: int | None = None  # rows of a UNet call in training; None: found at the start
+    skip_clipped: bool = True  # steps that the clip has cut off are looked for, and not trained
     gradient_accumulation: int = 1  # parts in which a batch's gradient is computed; saves memory
     precision: str = "fp32"  # of the UNet's arithmetic: fp32, bf16 or fp16; what is trained is fp32
     gradient_checkpointing: bool = True  # less memory in the backward pass, a third more time
@@ -165,18 +184,18 @@ PRESETS: dict[str, DDPOConfig] = {
         eval_rewards="right_animal", img_size=64,
         num_epochs=44, samples_per_prompt=16, num_timesteps=8, timestep_fraction=0.75,
         num_eval_samples=512, lr=1.3e-4, batch_size=32, cfg=1.0, clip_ratio=3e-3, buffer_size=32,
-        min_count=8, gradient_checkpointing=False),
+        min_count=8, gradient_checkpointing=False, max_unet_batch=32),
     "sdxl": DDPOConfig(
         pipeline="stabilityai/stable-diffusion-xl-base-1.0", img_size=1024, precision="bf16",
         lora_rank=4, lr=3e-4, max_grad_norm=50.0, clip_advantages=5.0, sample_batch_size=2,
-        gradient_accumulation=2),
+        max_unet_batch=4),
     "sd35": DDPOConfig(
         pipeline="stabilityai/stable-diffusion-3.5-medium", reward="pickscore", precision="fp16",
         num_samples_per_epoch=192, samples_per_prompt=24, num_timesteps=10, timestep_fraction=0.9,
         lora_rank=32, lora_alpha=64.0, lora_targets=tuple(f"attn.{name}" for name in (
             *LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
         lr=3e-4, batch_size=96, max_grad_norm=9.0, cfg=4.5, eta=0.7, clip_advantages=5.0,
-        kl_coef=1e-3, buffer_size=24, min_count=12, sample_batch_size=8, gradient_accumulation=12),
+        kl_coef=1e-3, buffer_size=24, min_count=12, sample_batch_size=8, max_unet_batch=16),
 }
 
 
@@ -344,6 +363,24 @@ def noise_sources(
     return [torch.Generator().manual_seed(int(state[0])) for state in states]
 
 # %% ../nbs/06_training.ipynb 19
+def warn_of_much_noise(
+    a: float,            # of a flow model's walk
+    schedule: Schedule,  # its tables
+) -> None:
+    """A warning where a step leaves twice the noise of the level that it goes to, and much of it.
+
+    With A = a² a step's ε̂ has the weight t' − cA, and its own noise the variance dA."""
+    level = 1 - schedule.x_0_weight
+    c, d = (level - schedule.noise_weight) / a**2, schedule.std**2 / a**2
+    excess = (3**0.5 * level).clamp(min=0.4)  # the rest is noise that the level should have
+    b = d - 2 * c * level
+    most = ((-b + (b**2 + 4 * c**2 * excess**2).sqrt()) / (2 * c**2)).min().sqrt()
+    if a > most:
+        warnings.warn(f"eta = {a} is so much noise for {len(level)} steps of this model that it "
+                      "sees latents far noisier than it was trained on: take at most "
+                      f"{math.floor(20 * most) / 20:g}.", stacklevel=3)
+
+# %% ../nbs/06_training.ipynb 20
 def check_run(
     config: DDPOConfig,
     pipe: DiffusionPipeline,
@@ -352,7 +389,8 @@ def check_run(
     check_policy_arguments(["a prompt"], pipe, config.cfg, config.num_timesteps, config.eta)
     check_size(pipe, img_size=config.img_size)
     shape = latents_shape(pipe, 1, config.img_size, config.img_size)
-    make_schedule(pipe, config.num_timesteps, config.eta, *shape[2:])
+    schedule = make_schedule(pipe, config.num_timesteps, config.eta, *shape[2:])
+    if schedule.prediction_type == "flow": warn_of_much_noise(config.eta, schedule)
     check_precision(config.precision, pipe.device)
     if config.use_8bit_adam: check_installed("bitsandbytes", "use_8bit_adam")
     if config.log_with: check_installed(config.log_with, f"log_with {config.log_with}")
@@ -366,7 +404,7 @@ def check_run(
                          f"small steps are lost. Call pipe.{name}.float() before training, or "
                          "train an adapter over it (lora_rank), whose weights are in float32.")
 
-# %% ../nbs/06_training.ipynb 21
+# %% ../nbs/06_training.ipynb 22
 def equal_batches(
     count: int,                  # N
     batch_size: int,             # at most so many in a batch
@@ -384,7 +422,7 @@ def sampling_batches(
     most = -(-count // processes().num_processes)  # samples of a process
     return my_part(torch.arange(count)).tensor_split(-(-most // batch_size))
 
-# %% ../nbs/06_training.ipynb 23
+# %% ../nbs/06_training.ipynb 24
 class PlainBar:
     "Stands for a bar where there can be none: the same loop, and lines."
     comment = ""
@@ -405,7 +443,7 @@ def progress_bars() -> tuple[Callable, Callable]:  # fastprogress's master_bar a
         return fastprogress.master_bar, fastprogress.progress_bar
     return PlainBar, PlainBar
 
-# %% ../nbs/06_training.ipynb 25
+# %% ../nbs/06_training.ipynb 26
 def averages(
     rows: list[dict],  # numbers with the same names
     sizes: list[int],  # how many samples each is of
@@ -424,7 +462,7 @@ def summary(
     return averages(*zip(*kept)) | {
         "max_log_ratio": watched[0]["max_log_ratio"], "skipped": len(watched) - len(kept)}
 
-# %% ../nbs/06_training.ipynb 27
+# %% ../nbs/06_training.ipynb 28
 @dataclass
 class Epoch:
     "An epoch under way, of N samples."
@@ -458,27 +496,39 @@ class TrainingState:
             pipe.device.type, init_scale=1024.0,
             enabled=config.precision == "fp16" or unet.dtype == torch.float16)
         self.tracker = PerPromptStatTracker(config.buffer_size, config.min_count)
-        self.skipped = Skipped()
+        self.skipped, self.unet_batch = Skipped(), config.max_unet_batch
         self.shuffler = torch.Generator().manual_seed(config.seed)
         self.history, self.now = [], Epoch()
 
-# %% ../nbs/06_training.ipynb 29
+# %% ../nbs/06_training.ipynb 30
 class Encoded:
-    "An epoch's prompts, each encoded once; kept in the CPU's memory."
+    "Prompts, each encoded once; kept in the CPU's memory."
+    most = 2**30  # bytes; beyond them, those are forgotten that are not asked for now
 
-    def __init__(self, prompts: list[str], pipe: DiffusionPipeline, config: DDPOConfig):
-        different, self.words = list(dict.fromkeys(prompts)), {}
-        for start in range(0, len(different), config.sample_batch_size):
-            part = different[start : start + config.sample_batch_size]
-            words = encode_prompts(part, pipe, config.cfg, "cpu")
+    def __init__(self, pipe: DiffusionPipeline, config: DDPOConfig):
+        self.pipe, self.config, self.words, self.without = pipe, config, {}, None
+
+    def read(self, prompts: list[str]) -> None:
+        "Encode those that are new."
+        def size(words): return sum(x.numel() * x.element_size() for x in tree_leaves(words.rows))
+        if sum(map(size, self.words.values())) > self.most:
+            self.words = {prompt: self.words[prompt] for prompt in prompts if prompt in self.words}
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.words]
+        for start in range(0, len(new), self.config.sample_batch_size):
+            part = new[start : start + self.config.sample_batch_size]
+            words = encode_prompts(part, self.pipe, 1.0 if self.without else self.config.cfg, "cpu")
+            if words.guided:
+                self.without, words = words.halves()
             self.words |= {prompt: words[[i]] for i, prompt in enumerate(part)}
 
     def __call__(self, prompts: list[str], device: torch.device) -> Conditioning:
-        "What the network is to know of these."
-        first, *others = (self.words[prompt] for prompt in prompts)
-        return first.joined(*others).to(device)
+        "What the network is to know of these, which have been read."
+        words = joined([self.words[prompt] for prompt in prompts])
+        if self.without:
+            words = replace(joined([self.without[[0] * len(prompts)], words]), guided=True)
+        return words.to(device)
 
-# %% ../nbs/06_training.ipynb 31
+# %% ../nbs/06_training.ipynb 32
 def batch_gradient(
     config: DDPOConfig,
     pipe: DiffusionPipeline,
@@ -501,13 +551,14 @@ def batch_gradient(
                 state.now.advantages[part].to(device), config.clip_advantages, config.clip_ratio,
                 prompts, pipe, config.num_timesteps, config.cfg, config.eta, device,
                 config.timestep_fraction, config.kl_coef, state.reference, metrics, state.scaler,
-                len(part) / len(batch), encoded(prompts, device))
+                len(part) / len(batch), encoded(prompts, device), state.unet_batch,
+                searching_pays(config, state.now.watched))
         measured.append((dict(loss=loss, **metrics), len(part)))
     sum_gradients(state.weights)
     rows, sizes = zip(*gathered(measured))
     return averages(rows, sizes) | {"max_log_ratio": max(row["max_log_ratio"] for row in rows)}
 
-# %% ../nbs/06_training.ipynb 33
+# %% ../nbs/06_training.ipynb 34
 def train(
     config: DDPOConfig,
     pipe: DiffusionPipeline,         # its UNet is trained in place
@@ -531,7 +582,8 @@ def train(
     unet.eval()  # without dropout, sampling and loss see one policy
     beside = all(has_a_place_of_its_own(fn, unet.device)
                  for fn in (reward_fn, *eval_rewards.values()))
-    drawn = PromptDataset(prompt_fn, count // config.samples_per_prompt)
+    drawn, encoded = PromptDataset(prompt_fn, count // config.samples_per_prompt), Encoded(
+        pipe, config)
     master_bar, progress_bar = progress_bars()
     bar = master_bar(range(len(state.history), config.num_epochs))
     for epoch in bar:
@@ -542,7 +594,7 @@ def train(
         # 1. sample, and ask for rewards
         now.prompts = now.prompts or [
             prompt for prompt in drawn for _ in range(config.samples_per_prompt)]
-        encoded = Encoded(now.prompts, pipe, config)
+        encoded.read(now.prompts)
         batches = sampling_batches(count, config.sample_batch_size)
         with OneBehind(partial(raw_scores, reward_fn, eval_rewards), now.samples, beside) as behind:
             for batch in progress_bar(batches[len(now.samples):], parent=bar):
@@ -569,6 +621,9 @@ def train(
 
         # 3. update the policy
         with on_the_cpu(config.offload, *frozen_parts(pipe)):
+            if state.unet_batch is None:
+                state.unet_batch = measured_batch(
+                    config, pipe, encoded(now.prompts[:1], pipe.device), state.reference)
             for batch in progress_bar(now.batches[len(now.watched):], parent=bar):
                 optimizer.zero_grad()
                 metrics = batch_gradient(
@@ -598,7 +653,7 @@ def train(
         on_epoch(row)
     return state.history
 
-# %% ../nbs/06_training.ipynb 35
+# %% ../nbs/06_training.ipynb 36
 def fresh_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],
@@ -607,12 +662,12 @@ def fresh_prompts(
     random.seed(config.seed + 1_000_000)
     return list(PromptDataset(prompt_fn, config.num_eval_samples))
 
-# %% ../nbs/06_training.ipynb 36
+# %% ../nbs/06_training.ipynb 37
 def no_reward(images: np.ndarray, prompts: list[str]) -> np.ndarray:
     "For pictures that are only to be looked at."
     return np.zeros(len(prompts))
 
-# %% ../nbs/06_training.ipynb 37
+# %% ../nbs/06_training.ipynb 38
 def all_scores(
     config: DDPOConfig,
     pipe: DiffusionPipeline,
@@ -623,19 +678,21 @@ def all_scores(
     "Pictures for these prompts, each always from the same noise, and all that they are worth."
     if len(prompts) == 0:
         raise ValueError("prompts is empty: give at least one prompt.")
-    images, scores = [], []
+    images, scores, encoded = [], [], Encoded(pipe, config)
+    encoded.read(prompts)
     for batch in sampling_batches(len(prompts), config.sample_batch_size):
         if len(batch) == 0: continue
         asked = [prompts[i] for i in batch]
         with in_precision(config.precision, network_of(pipe)):
             imgs, _, _ = sample_pictures(
                 asked, pipe, config.img_size, config.cfg, config.num_timesteps, decoding_fn,
-                pipe.device, config.eta, noise_sources(config.seed, EVALUATION, batch.tolist()))
+                pipe.device, config.eta, noise_sources(config.seed, EVALUATION, batch.tolist()),
+                encoded(asked, pipe.device))
         images.append(imgs)
         scores.append(raw_scores(reward_fn, eval_rewards, imgs, asked))
     return np.concatenate(gathered(images)), with_total(reward_fn, gathered(scores))
 
-# %% ../nbs/06_training.ipynb 38
+# %% ../nbs/06_training.ipynb 39
 def evaluate(
     config: DDPOConfig,
     pipe: DiffusionPipeline,
@@ -646,7 +703,7 @@ def evaluate(
     images, scores = all_scores(config, pipe, prompts, reward_fn, {})
     return images, scores["reward"]
 
-# %% ../nbs/06_training.ipynb 40
+# %% ../nbs/06_training.ipynb 41
 def verdict(
     before: torch.Tensor,  # rewards of the untrained model, [N]
     after: torch.Tensor,   # of the trained one, on the same prompts and noise, [N]

@@ -226,8 +226,8 @@ def test_last_step_without_noise_neither_explodes_nor_pulls():
     advantages = torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64)
     losses = []
     for step in range(T):
-        losses.append(step_loss(
-            step, xs, log_probs, advantages, 1e-2, embeddings, pipe.unet, schedule, 1.0).loss)
+        losses.append(step_loss(step, xs[step], xs[step + 1], log_probs[step], advantages, 1e-2,
+                                embeddings, pipe.unet, schedule, 1.0).loss.mean())
         losses[-1].backward()
         assert (gradient(pipe).norm() == 0) == (step == T - 1)
     assert torch.stack(losses).isfinite().all() and losses[-1].item() == pytest.approx(-0.5 / 3)
@@ -247,11 +247,11 @@ def test_loss_forward_stays_on_its_device():
                     torch.empty(*shape, device=device)
                     for shape in ((T + 1, 3, 4, 8, 8), (T, 3), (3,)))
                 embeddings = encode_prompts(PROMPTS, pipe, 4.0, "cuda")
-                return step_loss(step, xs, log_probs, advantages, 1e-4, embeddings, pipe.unet,
-                                 schedule.to("cuda"), 4.0, 0.1, pipe.unet).loss
-            for step in range(T):
+                return step_loss(step, xs[0], xs[1], log_probs[0], advantages, 1e-4, embeddings,
+                                 pipe.unet, schedule.to("cuda"), 4.0, 0.1, pipe.unet).loss
+            for step in (*range(T), torch.tensor([2, 0, 2], device="cuda")):
                 loss = loss_at(step, "cuda")
-                assert loss.device.type == "cuda" and loss.shape == () and loss.requires_grad
+                assert loss.device.type == "cuda" and loss.shape == (3,) and loss.requires_grad
             with pytest.raises(RuntimeError): loss_at(0, "cpu")
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)

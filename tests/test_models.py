@@ -37,7 +37,7 @@ from ddpo_scratch.sampling import (
     sd_sample,
     step_distribution,
 )
-from ddpo_scratch.training import make_config, make_prompt_fn, train
+from ddpo_scratch.training import make_config, make_prompt_fn, train, warn_of_much_noise
 from ddpo_scratch.twins import TWINS, make_twin
 
 PROMPTS = ["a fox", "a picture of an owl"]
@@ -147,7 +147,11 @@ def test_samples_do_not_see_each_other(name, folders):
         with torch.no_grad():
             mean, _ = step_distribution(network_of(pipe), x, 2, words, schedule, guidance)
             one, _ = step_distribution(network_of(pipe), x[1:2], 2, words[[1]], schedule, guidance)
+            steps = torch.tensor([1, 2, 0])  # a step of its own for each
+            mixed, _ = step_distribution(network_of(pipe), x, steps, words, schedule, guidance)
         torch.testing.assert_close(mean[1:2], one, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mixed[1:2], one, rtol=1e-4, atol=1e-5)
+        assert (mixed - mean).abs().amax((1, 2, 3))[[0, 2]].min() > 1e-3
     half = load_pipeline(folders[name], "cpu", torch.bfloat16)
     assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
     assert {p.dtype for part in (network_of(half), half.text_encoder)
@@ -173,9 +177,10 @@ def test_all_stays_on_its_device(name, folders):
             assert xs.shape == (4, 2, 4, 4, 4) and log_probs.shape == (3, 2)
             assert pipe.vae.decode(latents).sample.device.type == "cuda"
             words = encode_prompts(PROMPTS, pipe, guidance, "cuda")
-            loss = step_loss(1, xs, log_probs, torch.empty(2, device="cuda"), 1e-4, words,
-                             network_of(pipe), schedule.to("cuda"), guidance).loss
-            assert loss.device.type == "cuda" and loss.requires_grad
+            for step in (1, torch.tensor([2, 0], device="cuda")):
+                loss = step_loss(step, xs[0], xs[1], log_probs[0], torch.empty(2, device="cuda"),
+                                 1e-4, words, network_of(pipe), schedule.to("cuda"), guidance).loss
+                assert loss.device.type == "cuda" and loss.requires_grad
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
 # pytest calls this test, the notebook does not: fixtures are pytest's
@@ -257,23 +262,26 @@ def perfect_velocity(x, timestep):
 
 
 def test_too_much_noise_is_told():
-    "A warning for what leaves twice as much noise as a level has, simulated; and what works."
-    for steps, shift in ((10, 1.0), (10, 3.0), (4, 1.0)):
+    "A warning for what leaves far more noise than a level has, simulated; and what would not."
+    for steps, shift in ((10, 1.0), (10, 3.0), (28, 3.0), (4, 1.0), (3, 3.0)):
         def warned(a):
-            scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+            schedule = flow_schedule(FlowMatchEulerDiscreteScheduler(shift=shift), steps, a)
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
-                tables = flow_tables(scheduler, steps, a)[1:]
-            return tables, [str(warning.message) for warning in told]
-        assert not warned(0.7)[1]
-        tables, (told,) = warned(5.0)
-        works = float(re.search("at most ([0-9.]+), ", told).group(1))
+                warn_of_much_noise(a, schedule)
+            return schedule, [str(warning.message) for warning in told]
+        assert bool(warned(0.7)[1]) == (steps == 3)  # with a jump from 0.86 to 0.009
+        works = float(re.search("take at most ([0-9.]+)[.]$", warned(5.0)[1][0]).group(1))
+        assert 0 < works < 1.9
         for a, fine in ((works, True), (works + 0.05, False)):
-            (_, _, signal, weight, std), told = warned(a)
-            draw = weight[:, None] * torch.randn(40_000, generator=noise(), dtype=torch.float64)
-            draw += std[:, None] * torch.randn(40_000, generator=noise(1), dtype=torch.float64)
-            worst = (draw.std(1) / (1 - signal))[1 - signal > 0.1].max()
-            assert bool(told) != fine and (worst < 2.02 if fine else worst > 1.98)
+            schedule, told = warned(a)
+            noise_weight, std = schedule.noise_weight[:, None], schedule.std[:, None]
+            g, level = noise(), 1 - schedule.x_0_weight
+            draw = (noise_weight * torch.randn(100_000, generator=g, dtype=torch.float64)
+                    + std * torch.randn(100_000, generator=g, dtype=torch.float64)).std(1)
+            excess = (draw**2 - level**2).clamp(min=0).sqrt()
+            worst = (excess / (3**0.5 * level).clamp(min=0.4)).max()
+            assert bool(told) != fine and (worst < 1.02 if fine else worst > 0.98)
 
 
 
@@ -385,7 +393,7 @@ def test_what_cannot_be():
     refused(flux, ValueError, "no policy to train", a=0)
     refused(make_twin("sd3"), ValueError, "multiple of 16", size=24)
     most = 16 * make_twin("sd3").transformer.config.pos_embed_max_size
-    refused(make_twin("sd3"), ValueError, f"draws at most {most} pixels", size=most + 16)
+    refused(make_twin("sd3"), ValueError, f"draws at most {most} pixels a side", size=most + 16)
     refused(make_twin("sdxl"), TypeError, "EulerDiscreteScheduler.*ddim_scheduler")
     ddim = make_twin("sd3")
     ddim.scheduler = make_twin("sd2").scheduler
@@ -415,6 +423,9 @@ def test_parts_that_a_pipeline_needs():
                 ("sd2", dict(guidance=3), "has no guidance. It has vae, ")):
             with pytest.raises(ValueError, match=match):
                 load_pipeline(f"{room}/{name}", "cpu", **parts)
+        with pytest.raises(ValueError, match="has no torch_dtype.*variant"):
+            load_pipeline(f"{room}/sd2", "cpu", torch_dtype=torch.float16)
+        load_pipeline(f"{room}/sd2", "cpu", use_safetensors=True, local_files_only=True)
         assert load_pipeline(f"{room}/sd3", "cpu", **WITHOUT_T5).text_encoder_3 is None
         other = make_twin("sd2", seed=1).vae
         assert load_pipeline(f"{room}/sd2", "cpu", vae=other, image_encoder=None).vae is other

@@ -19,6 +19,7 @@ from ddpo_scratch.plan import (
     models,
     plan_text,
 )
+from ddpo_scratch.precision import DTYPES
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.training import make_config, train
 from ddpo_scratch.twins import TWINS, make_twin
@@ -89,7 +90,7 @@ def test_every_family_can_be_planned():
         assert counts == [sum(p.numel() for name, p in module.named_parameters()
                               if "lora_" not in name) for module in (network, vae, *text_encoders)]
         assert {p.dtype for module in (network, *text_encoders) for name, p in
-                module.named_parameters() if "lora_" not in name} == {torch.bfloat16}
+                module.named_parameters() if "lora_" not in name} == {DTYPES[config.precision]}
         assert {p.dtype for p in vae.parameters()} == {torch.float32}
     with TemporaryDirectory() as folder:
         for name in TWINS:

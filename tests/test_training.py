@@ -60,7 +60,7 @@ def test_presets_are_the_blogs_and_its_miniature():
         num_eval_samples=128, timestep_fraction=1.0, samples_per_prompt=1, kl_coef=0.0,
         precision="fp32", lora_rank=0, lora_alpha=None, gradient_accumulation=1, save_every=10,
         keep=2, log_with=None, use_8bit_adam=False, offload=False, eval_rewards=None,
-        push_to_hub=None, scale_rewards=True,
+        push_to_hub=None, scale_rewards=True, max_unet_batch=None, skip_clipped=True,
         lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(DDPOConfig)} - set(blog) == {"seed", "device"}
@@ -95,8 +95,10 @@ def test_a_batch_in_parts_has_the_same_gradient():
         log_probs += 0.02 * torch.randn(log_probs.shape, generator=g)
         parted = replace(config, gradient_accumulation=parts)
         batch = torch.randperm(7, generator=g)
+        encoded = Encoded(pipe, parted)
+        encoded.read(state.now.prompts)
         measured = batch_gradient(parted, pipe, state, xs, log_probs,
-                                  Encoded(state.now.prompts, pipe, parted), batch)
+                                  encoded, batch)
         return torch.cat([weight.grad.flatten() for weight in state.weights]), measured
     whole, measured = gradient(1)
     for parts in (3, 9):
@@ -408,7 +410,7 @@ def test_bad_rewards_end_the_run_before_any_weight_has_changed():
     assert torch.equal(before, weights(pipe))
 
 
-def test_a_prompt_is_read_once_an_epoch():
+def test_a_prompt_is_read_once_in_a_run():
     "Whatever the pictures of it and the passes over them; and read as it would be in a batch."
     pipe, read = load_pipeline("emoji", "cpu"), []
     pipe.text_encoder.register_forward_pre_hook(
@@ -417,15 +419,21 @@ def test_a_prompt_is_read_once_an_epoch():
     config = make_config("emoji", **TINY | dict(
         num_samples_per_epoch=8, samples_per_prompt=2, num_inner_epochs=2, cfg=3.0, num_epochs=2,
         sample_batch_size=3, gradient_accumulation=2))
-    prompts = iter(["a fox", "an owl", "a cat", "a fox"] * 2)
+    prompts = iter(["a fox", "an owl", "a cat", "a fox", "a whale", "an owl", "a fox", "an owl"])
     first, _ = train(config, pipe, lambda: next(prompts), redness)
-    assert read == [3, 3] * 2  # three different ones, and as many empty ones, in each epoch
+    assert read == [3, 3, 1]  # three different ones, and as many empty ones; then one that is new
     assert first["max_log_ratio"] < 1e-5
     batch = ["an owl", "a cat", "a fox", "an owl", "a cat"]
-    ours = Encoded(batch, pipe, config)(batch, torch.device("cpu"))
-    theirs = encode_prompts(batch, pipe, 3.0, "cpu")
-    assert ours.guided and theirs.guided
-    torch.testing.assert_close(ours.rows, theirs.rows)
+    encoded = Encoded(pipe, config)
+    for some in (batch[:1], batch): encoded.read(some)
+    for picked in (batch, ["a cat"]):
+        ours = encoded(picked, torch.device("cpu"))
+        theirs = encode_prompts(picked, pipe, 3.0, "cpu")
+        assert ours.guided and theirs.guided
+        torch.testing.assert_close(ours.rows, theirs.rows)
+    encoded.most = 10
+    encoded.read(["a cat", "a whale"])
+    assert set(encoded.words) == {"a cat", "a whale"}
 
 
 def test_a_reward_is_asked_while_the_next_batch_is_drawn():
