@@ -237,9 +237,9 @@ class Contender:
     "A process that runs an epoch when it is asked to."
 
     def __init__(self, command: list[str]):
+        self.said = tempfile.TemporaryFile("w+")  # on stderr
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True)
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True)
 
     def epoch(self) -> dict:
         "Its seconds. `RuntimeError` with what it said where it has failed."
@@ -249,12 +249,15 @@ class Contender:
             pass  # it says why below
         for line in self.process.stdout:
             if line.startswith("seconds "): return json.loads(line.removeprefix("seconds "))
+        self.process.wait()
+        self.said.seek(0)
         raise RuntimeError(f"{' '.join(self.process.args[:3])} … has ended:\n"
-                           f"{self.process.stderr.read()[-2000:]}")
+                           f"{self.said.read()[-2000:]}")
 
     def end(self) -> None:
         self.process.kill()
         self.process.communicate()
+        self.said.close()
 
 
 def answer(
@@ -301,8 +304,9 @@ def compare(
         ready = {name: Contender(command_of(name, work, trl, room)) for name in names}
         try:
             for number in range(rounds + 1):
-                for name, contender in ready.items():
-                    seconds = contender.epoch()
+                turn = number % len(names)
+                for name in (*names[turn:], *names[:turn]):  # another begins each round
+                    seconds = ready[name].epoch()
                     print(f"{number} {name:6} " + ", ".join(
                         f"{part} {value:.3g}" for part, value in seconds.items()), flush=True)
                     rows += [{"contender": name, "round": number, **seconds}] * (number > 0)
@@ -314,12 +318,12 @@ def compare(
 COLUMNS = ("contender", "round", "total", "sampling", "decoding", "reward", "training",
            "floor_sampling", "floor_training", "clip_fraction", "peak")
 
-SWEEPS = {"samples": (16, 32, 64), "steps": (10, 20, 40), "batch": (2, 4, 8, 16),
-          "img_size": (64, 96, 128)}
+SWEEPS = {"samples": (32, 16, 64), "steps": (10, 40), "batch": (1, 16), "img_size": (96, 128),
+          "max_unet_batch": (8, 32)}
 
 
 def sweep() -> list[dict]:
-    "One epoch of each after a first, in a process of its own: what grows with what."
+    "An epoch of each, after a first, in a process of its own. The first is the default."
     rows = []
     for name, values in SWEEPS.items():
         for value in values:

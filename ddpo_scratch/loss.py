@@ -130,7 +130,7 @@ def compute_loss(
     scaler: torch.amp.GradScaler | None = None,  # scales the gradient, which fp16 needs
     share: float = 1.0,                # the gradient is multiplied by it: for a part of a batch
     words: Conditioning | None = None,  # of the prompts, where they have been encoded before
-    max_unet_batch: int | None = None,  # rows of a UNet call, at most; None: one step of the batch
+    max_unet_batch: int | None = None,  # rows of a call, but one sample; None: a step of the batch
     skip_clipped: bool = False,        # whether to look first for steps that have no gradient
 ) -> float:                            # the loss: mean over the batch, sum over the trained steps
     "The clipped DDPO loss; adds its gradient to the UNet parameters' `.grad`. No optimiser step."

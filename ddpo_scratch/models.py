@@ -31,14 +31,14 @@ from torch.utils._pytree import tree_map
 class Conditioning:
     "What B prompts are to a network."
     rows: dict     # its arguments, tensors of [B, …]; guided [2B, …], without the prompts first
-    ask: Callable  # (network, x_t [B, C, h, w], t [], rows) → output [B, C, h, w]
+    ask: Callable  # (network, x_t [B, C, h, w], t [] or [B], rows) → output [B, C, h, w]
     guided: bool   # whether there are rows without the prompts
 
     def to(self, place: str | torch.device | torch.dtype) -> "Conditioning":
         "The same on a device, or in a floating-point type."
         return replace(self, rows=tree_map(lambda x: x.to(place), self.rows))
 
-    def __getitem__(self, samples: list[int] | slice) -> "Conditioning":
+    def __getitem__(self, samples: list[int] | slice | torch.Tensor) -> "Conditioning":
         "That of some of the samples."
         def of(x): return torch.cat([half[samples] for half in x.chunk(1 + self.guided)])
         return replace(self, rows=tree_map(of, self.rows))

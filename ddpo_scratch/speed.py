@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from .loss import step_loss, trained_steps
 from .models import Conditioning, latents_shape, network_of
 from .precision import averages_bytes, in_precision
+from .processes import processes
 from .sampling import make_schedule
 
 # %% ../nbs/20_speed.ipynb 7
@@ -25,23 +26,24 @@ def cheapest(
     most: int,                    # no more than these
     device: torch.device,
 ) -> int:                         # samples
-    "It is doubled while a sample gets cheaper by a twentieth, or halved where memory is too small."
+    "It is doubled while a sample gets cheaper by a tenth, or halved where memory is too small."
     def seconds(samples):
         times = []
-        for _ in range(3):  # the first warms up
-            start = time.perf_counter()
+        for _ in range(5):  # the first warms up
+            start, fits = time.perf_counter(), True
             try:
                 call(samples)
-            except torch.cuda.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                return math.inf
-            if device.type == "cuda": torch.cuda.synchronize(device)
+            except RuntimeError as error:
+                if "memory" not in str(error): raise
+                fits = False  # what was made so far is let go with the error
+            if device.type == "cuda": (torch.cuda.synchronize if fits else torch.cuda.empty_cache)()
+            if not fits: return math.inf
             times.append(time.perf_counter() - start)
         return min(times[1:]) / samples
     samples, cost = first, seconds(first)
     while 2 * samples <= most:
         other = seconds(2 * samples)
-        if other >= 0.95 * cost: break
+        if other >= 0.9 * cost: break
         samples, cost = 2 * samples, other
     while cost == math.inf and samples > 1:
         samples = samples // 2
@@ -58,8 +60,9 @@ def measured_batch(
     "How many rows it is cheapest to train at a time. Leaves no gradient behind."
     network, steps = network_of(pipe), trained_steps(config.num_timesteps, config.timestep_fraction)
     shape = latents_shape(pipe, 1, config.img_size, config.img_size)[1:]
-    device, part = network.device, -(-min(config.batch_size, config.num_samples_per_epoch)
-                                     // config.gradient_accumulation)
+    device, shares = network.device, config.gradient_accumulation * processes().num_processes
+    part = -(-min(config.batch_size, config.num_samples_per_epoch) // shares)
+    if device.type not in ("cpu", "cuda"): return part * (1 + words.guided)  # a clock is not enough
     schedule = make_schedule(pipe, config.num_timesteps, config.eta, *shape[1:], device)
     weights = [weight for weight in network.parameters() if weight.requires_grad]
     averages = torch.empty(  # of AdamW's, which come later, so that there is room for them
@@ -83,7 +86,10 @@ def measured_batch(
 def searching_pays(
     config,                # `DDPOConfig`
     watched: list[dict],   # what was measured at the updates of this epoch until now
+    still: float,          # share of this batch's samples whose advantage is 0
 ) -> bool:
-    "Whether so much was cut off at the last update that a look before saves more than it costs."
-    forward = 1 / 4 if config.gradient_checkpointing else 1 / 3  # of a forward and backward pass
-    return config.skip_clipped and bool(watched) and watched[-1]["clip_fraction"] > forward
+    "Whether so many pairs should have no gradient that a look before saves more than it costs."
+    backward = 1 if config.lora_rank else 2  # in forward passes: of frozen weights it is not asked
+    look = 1 / (1 + config.gradient_checkpointing + backward)
+    clipped = watched[-1]["clip_fraction"] if watched else 0.0
+    return config.skip_clipped and clipped + still > look

@@ -513,19 +513,18 @@ class Encoded:
         def size(words): return sum(x.numel() * x.element_size() for x in tree_leaves(words.rows))
         if sum(map(size, self.words.values())) > self.most:
             self.words = {prompt: self.words[prompt] for prompt in prompts if prompt in self.words}
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.words]
-        for start in range(0, len(new), self.config.sample_batch_size):
-            part = new[start : start + self.config.sample_batch_size]
-            words = encode_prompts(part, self.pipe, 1.0 if self.without else self.config.cfg, "cpu")
-            if words.guided:
-                self.without, words = words.halves()
-            self.words |= {prompt: words[[i]] for i, prompt in enumerate(part)}
+        for prompt in prompts:
+            if prompt in self.words: continue
+            guidance = 1.0 if self.without else self.config.cfg
+            words = encode_prompts([prompt], self.pipe, guidance, "cpu")
+            if words.guided: self.without, words = words.halves()
+            self.words[prompt] = words
 
     def __call__(self, prompts: list[str], device: torch.device) -> Conditioning:
         "What the network is to know of these, which have been read."
         words = joined([self.words[prompt] for prompt in prompts])
         if self.without:
-            words = replace(joined([self.without[[0] * len(prompts)], words]), guided=True)
+            words = replace(joined([*[self.without] * len(prompts), words]), guided=True)
         return words.to(device)
 
 # %% ../nbs/06_training.ipynb 32
@@ -541,7 +540,7 @@ def batch_gradient(
     "Add the gradient of a batch's loss to the weights' `.grad`."
     parts = my_part(batch).tensor_split(config.gradient_accumulation)
     measured, unet = [], network_of(pipe)
-    device = unet.device
+    device, still = unet.device, (state.now.advantages[batch] == 0).float().mean().item()
     for part in parts:
         if len(part) == 0: continue
         metrics, prompts = {}, [state.now.prompts[i] for i in part]
@@ -552,7 +551,7 @@ def batch_gradient(
                 prompts, pipe, config.num_timesteps, config.cfg, config.eta, device,
                 config.timestep_fraction, config.kl_coef, state.reference, metrics, state.scaler,
                 len(part) / len(batch), encoded(prompts, device), state.unet_batch,
-                searching_pays(config, state.now.watched))
+                searching_pays(config, state.now.watched, still))
         measured.append((dict(loss=loss, **metrics), len(part)))
     sum_gradients(state.weights)
     rows, sizes = zip(*gathered(measured))
@@ -622,8 +621,9 @@ def train(
         # 3. update the policy
         with on_the_cpu(config.offload, *frozen_parts(pipe)):
             if state.unet_batch is None:
-                state.unet_batch = measured_batch(
-                    config, pipe, encoded(now.prompts[:1], pipe.device), state.reference)
+                state.unet_batch = min(gathered([measured_batch(
+                    config, pipe, encoded(now.prompts[:1], unet.device), state.reference)]))
+                say(f"measured: max_unet_batch {state.unet_batch} costs least a row")
             for batch in progress_bar(now.batches[len(now.watched):], parent=bar):
                 optimizer.zero_grad()
                 metrics = batch_gradient(
