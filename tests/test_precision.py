@@ -223,7 +223,7 @@ def test_the_loss_with_the_text_encoder_elsewhere():
                 watched.return_value = 0.0, {}
                 compute_loss(xs, log_probs, torch.ones(2).cuda(), 10.0, 1e-4, ["a fox", "an owl"],
                              fake, 4, 3.0, 1.0, "cuda")
-            parts, = watched.call_args.args
+            parts, _ = watched.call_args.args
             assert {x.device.type for part in parts for x in part} == {"cuda"} and len(parts) == 4
             words = encode_prompts(["a fox"], fake, 3.0, "cpu").rows
             assert words["encoder_hidden_states"].device.type == "cpu"
