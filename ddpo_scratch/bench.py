@@ -4,13 +4,12 @@
 
 # %% auto 0
 __all__ = ['ANIMALS', 'COLUMNS', 'SWEEPS', 'Work', 'animals', 'redness', 'Clock', 'plain_gradient', 'plain_update', 'plain_epoch',
-           'record_calls', 'floor', 'peak_memory', 'plain_epochs', 'settings', 'our_epochs', 'Contender', 'answer',
-           'work_as', 'command_of', 'compare', 'sweep', 'main']
+           'record_calls', 'floor', 'plain_epochs', 'settings', 'our_epochs', 'Contender', 'answer', 'work_as',
+           'command_of', 'compare', 'sweep', 'main']
 
 # %% ../nbs/21_bench.ipynb 3
 import json
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from diffusers import DiffusionPipeline
 from . import training
 from .cli import csv_text, write_file
 from .pipelines import load_pipeline, pipeline_source
+from .plan import peak_memory
 from ddpo_scratch.sampling import (
     calculate_log_probs,
     decoding_fn,
@@ -155,7 +155,7 @@ def floor(
     side, seconds = work.img_size // 8, {"floor_sampling": 0.0, "floor_training": 0.0}
     words = encode_prompts(["a fox"], pipe, 1.0, "cpu").rows["encoder_hidden_states"]
     sampling = work.steps  # so many calls of all rows without a gradient begin an epoch
-    for number, (rows, trained) in enumerate(list(calls)):
+    for number, (rows, trained) in enumerate(list(calls)):  # these calls are recorded, too
         x, t = torch.randn(rows, 4, side, side), torch.full((rows,), 500)
         start = time.perf_counter()
         with torch.set_grad_enabled(trained):
@@ -165,12 +165,6 @@ def floor(
         seconds[name] += time.perf_counter() - start
     pipe.unet.zero_grad()
     return seconds
-
-
-def peak_memory() -> float:
-    "The most that this process has taken until now, bytes."
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024)
 
 # %% ../nbs/21_bench.ipynb 10
 def plain_epochs(
@@ -188,7 +182,7 @@ def plain_epochs(
         drawn = [next(prompts) for _ in range(work.samples)]
         clock.timed("total", plain_epoch)(pipe, optimizer, work, drawn, clock)
         peak = peak_memory()
-        yield clock.seconds | floor(pipe, list(calls), work) | {"peak": peak}
+        yield clock.seconds | floor(pipe, calls, work) | {"peak": peak}
 
 
 def settings(
@@ -226,7 +220,7 @@ def our_epochs(
         seconds = clock.seconds | {
             "training": time.perf_counter() - begun[0], "total": row["seconds"],
             "clip_fraction": row["clip_fraction"], "peak": peak_memory()}
-        wait(seconds | floor(pipe, list(calls), work))
+        wait(seconds | floor(pipe, calls, work))
         for kept in (clock.seconds, calls, begun): kept.clear()
 
     with patch.multiple(training, **timed):

@@ -142,7 +142,7 @@ class StableDiffusion3(StableDiffusion):
     spared = (("text_encoder_3", "tokenizer_3"),)
 
     def loading(self, found):  # of a folder saved without T5, diffusers wants to be told so
-        return {name: None for name in ("text_encoder_3", "tokenizer_3")
+        return {name: None for name in self.spared[0]
                 if not any(found.get(name) or [None])}
 
     def reads(self, pipe):

@@ -204,10 +204,11 @@ class Work:
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.side = config.img_size // self.factor
         self.channels = self.network.config.in_channels // self.family.packed
+        self.guided = config.cfg > 1 and self.family.guides
 
     def inputs(self, samples: int) -> tuple[torch.Tensor, Conditioning, Schedule]:
         "Two neighbouring latents of each sample, its prompt, and a walk of one step."
-        guided, family = self.config.cfg > 1 and self.family.guides, self.family
+        guided, family = self.guided, self.family
         tokens = self.text_encoders[0].config.max_position_embeddings
         rows = family.blank(self.network.config, samples * (1 + guided), tokens)
         return (torch.zeros(2, samples, self.channels, self.side, self.side),
@@ -286,8 +287,7 @@ def make_plan(
     steps = trained_steps(config.num_timesteps, config.timestep_fraction)
     at_once = part = -(-batch // config.gradient_accumulation)
     if config.max_unet_batch is not None:
-        rows = 1 + (config.cfg > 1 and work.family.guides)  # of a sample
-        at_once = max(1, min(config.max_unet_batch // rows, part * steps))
+        at_once = max(1, min(config.max_unet_batch // (1 + work.guided), part * steps))
     with FakeTensorMode():
         for module in work.modules: move_here(module)
         work.precision = config.precision
@@ -374,17 +374,23 @@ def full_size(
     return pipe
 
 
+def peak_memory() -> int:
+    "The most that this process has taken until now, bytes."
+    import resource  # which Windows does not have
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def rehearse(
     preset: str = "blog",         # blog, sdxl or sd35
     img_size: int | None = None,  # pixels; None: the preset's
     device: str = "cpu",
 ) -> None:
     "Two steps of sampling, one of training, at full size: what they take, and whether they work."
-    import resource  # which Windows does not have
-    start, unit = time.perf_counter(), 1e9 if sys.platform == "darwin" else 1e6
+    start = time.perf_counter()
     def took(what):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        print(f"{what:10} {time.perf_counter() - start:6.1f} s   peak {peak:5.1f} GB", flush=True)
+        seconds, peak = time.perf_counter() - start, peak_memory() / 1e9
+        print(f"{what:10} {seconds:6.1f} s   peak {peak:5.1f} GB", flush=True)
     config = make_config(preset, num_timesteps=2, timestep_fraction=0.5, device=device, kl_coef=0.0)
     config = replace(config, img_size=img_size or config.img_size, lora_rank=config.lora_rank or 4)
     if config.precision == "fp16" and device == "cpu":
