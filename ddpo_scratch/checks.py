@@ -178,6 +178,7 @@ def check_loss_arguments(
     timestep_fraction: float,          # above 0, at most 1
     kl_coef: float,                    # at least 0
     ref_unet: torch.nn.Module | None,  # not None where kl_coef is above 0
+    which: torch.Tensor | None,        # [S, B], 0 … T-1; not with a timestep_fraction
 ) -> None:
     "`TypeError` or `ValueError` for what cannot belong together; says what was given and expected."
     for name, value in (("x_t", x_t), ("original_log_probs", original_log_probs),
@@ -202,11 +203,32 @@ def check_loss_arguments(
     if not isinstance(timestep_fraction, numbers.Real) or not 0 < timestep_fraction <= 1:
         raise ValueError("timestep_fraction must be above 0 and at most 1 (all steps), "
                          f"not {timestep_fraction!r}.")
+    if which is not None: check_steps(which, timestep_fraction, steps, batch)
     if not isinstance(kl_coef, numbers.Real) or not 0 <= kl_coef < math.inf:
         raise ValueError(f"kl_coef must be a number of at least 0 (off), not {kl_coef!r}.")
     if kl_coef > 0 and ref_unet is None:
         raise ValueError(f"kl_coef is {kl_coef}, and there is nothing to stay close to: give "
                          "ref_unet, a frozen copy of the untrained network.")
+
+
+def check_steps(
+    steps: torch.Tensor,       # [S, B]
+    timestep_fraction: float,  # 1, for they are given
+    count: int,                # T
+    batch: int,                # B
+) -> None:
+    "`TypeError` or `ValueError` for anything but rows of the schedule for each sample."
+    if not isinstance(steps, torch.Tensor) or steps.dtype not in (torch.int32, torch.int64):
+        raise TypeError("steps must be a tensor of whole numbers, not "
+                        f"{steps.dtype if isinstance(steps, torch.Tensor) else type(steps)}.")
+    if timestep_fraction != 1:
+        raise ValueError("steps and timestep_fraction: give one of the two.")
+    if steps.ndim != 2 or steps.shape[1] != batch or len(steps) == 0:
+        raise ValueError(f"steps must have shape [S, {batch}], S steps for each prompt, not "
+                         f"{list(steps.shape)}.")
+    for extreme in (steps.min().item(), steps.max().item()):
+        if not 0 <= extreme < count:
+            raise ValueError(f"steps are numbered from 0 to {count - 1}, not {extreme}.")
 
 # %% ../nbs/90_checks.ipynb 14
 def check_reward_fn(
@@ -348,6 +370,10 @@ def check_field(
         raise ValueError(f"{name} must be a number above 0 (and below 1e9), not {value!r}.")
     if name == "timestep_fraction" and not (number(numbers.Real, 0) and 0 < value <= 1):
         raise ValueError(f"{name} must be above 0 and at most 1 (all steps), not {value!r}.")
+    if name == "which_steps" and not (
+            isinstance(value, str) and re.fullmatch(r"first|random|\d+(,\d+)*", value)):
+        raise ValueError(f"{name} must be 'first', 'random', or numbers with commas, 0 being the "
+                         f"noisiest step, such as '0,3,6'; not {value!r}.")
     if name in ("cfg", "weight_decay", "kl_coef") and not number(numbers.Real, 0):
         raise ValueError(f"{name} must be a number of at least 0, not {value!r}.")
     if name == "log_with" and value not in (None, "tensorboard", "wandb"):

@@ -736,7 +736,7 @@ GROUPS = {
         "pipeline", "prompts", "reward", "scale_rewards", "eval_rewards", "img_size", "seed")),
     "how_much": ("how much work it is", (
         "num_epochs", "num_samples_per_epoch", "samples_per_prompt", "num_inner_epochs",
-        "num_timesteps", "timestep_fraction", "num_eval_samples")),
+        "num_timesteps", "timestep_fraction", "which_steps", "num_eval_samples")),
     "how_fast": ("what is learnt, and how fast", (
         "lora_rank", "lora_alpha", "lora_targets", "lr", "anneal_lr", "batch_size", "weight_decay",
         "max_grad_norm")),

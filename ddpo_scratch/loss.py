@@ -84,10 +84,28 @@ def step_loss(
 # %% ../nbs/05_loss.ipynb 25
 def trained_steps(
     num_inference_steps: int,   # T
-    timestep_fraction: float,   # share of them, noisiest first
-) -> int:                       # at least one
+    timestep_fraction: float,   # share of them
+    which_steps: str,           # "first", "random", or numbers: "0,3,6"
+) -> int:                       # S, at least one
     "How many of the T steps are trained."
-    return max(1, round(num_inference_steps * timestep_fraction))
+    if which_steps in ("first", "random"):
+        return max(1, round(num_inference_steps * timestep_fraction))
+    return len(which_steps.split(","))
+
+
+def choose_steps(
+    num_inference_steps: int,   # T
+    timestep_fraction: float,   # share of them
+    which_steps: str,           # as above
+    samples: int,               # B
+    generator: torch.Generator | None = None,  # on the CPU; for the random ones
+) -> torch.Tensor:              # rows of the schedule, 0 the noisiest, on the CPU, [S, B]
+    "Which steps each sample trains: the first, S that are drawn without replacement, or those."
+    count = trained_steps(num_inference_steps, timestep_fraction, which_steps)
+    if which_steps == "random":
+        return torch.rand(num_inference_steps, samples, generator=generator).argsort(0)[:count]
+    rows = range(count) if which_steps == "first" else map(int, which_steps.split(","))
+    return torch.tensor([*rows])[:, None].expand(-1, samples)
 
 
 def in_parts(
@@ -132,26 +150,29 @@ def compute_loss(
     words: Conditioning | None = None,  # of the prompts, where they have been encoded before
     max_unet_batch: int | None = None,  # rows of a call, but one sample; None: a step of the batch
     skip_clipped: bool = False,        # whether to look first for steps that have no gradient
+    steps: torch.Tensor | None = None,  # in place of the first: each sample's, 0 … T-1, [S, B]
 ) -> float:                            # the loss: mean over the batch, sum over the trained steps
     "The clipped DDPO loss; adds its gradient to the UNet parameters' `.grad`. No optimiser step."
     check_policy_arguments(prompts, pipe, guidance_scale, num_inference_steps, eta)
     check_loss_arguments(x_t, original_log_probs, advantages, clip_advantages, clip_ratio, prompts,
-                         num_inference_steps, timestep_fraction, kl_coef, ref_unet)
+                         num_inference_steps, timestep_fraction, kl_coef, ref_unet, steps)
     schedule = make_schedule(pipe, num_inference_steps, eta, *x_t.shape[-2:], device)
     words = words or encode_prompts(prompts, pipe, guidance_scale, device)
     network, count = network_of(pipe), len(prompts)
     advantages = advantages.detach().clamp(-clip_advantages, clip_advantages)
+    if steps is None:
+        steps = choose_steps(num_inference_steps, timestep_fraction, "first", count)
+    step_of = steps.flatten().to(x_t.device)
     at_once = count if max_unet_batch is None else max(1, max_unet_batch // (1 + words.guided))
 
     def loss_of(pairs: torch.Tensor) -> StepLoss:
-        step, sample = pairs // count, pairs % count
+        step, sample = step_of[pairs], pairs % count
         return step_loss(
             step, x_t[step, sample], x_t[step + 1, sample], original_log_probs[step, sample],
             advantages[sample], clip_ratio, words[sample], network, schedule, guidance_scale,
             kl_coef, ref_unet)
 
-    pairs = torch.arange(
-        count * trained_steps(num_inference_steps, timestep_fraction), device=x_t.device)
+    pairs = torch.arange(len(step_of), device=x_t.device)
     seen, to_train = [], pairs
     if skip_clipped and kl_coef == 0:
         with torch.no_grad(): seen = [loss_of(part) for part in in_parts(pairs, at_once)]

@@ -284,7 +284,7 @@ def make_plan(
     trained = sum(p.numel() for p in work.network.parameters() if p.requires_grad)
     epoch = config.num_samples_per_epoch
     batch, at_a_time = min(config.batch_size, epoch), min(config.sample_batch_size, epoch)
-    steps = trained_steps(config.num_timesteps, config.timestep_fraction)
+    steps = trained_steps(config.num_timesteps, config.timestep_fraction, config.which_steps)
     at_once = part = -(-batch // config.gradient_accumulation)
     if config.max_unet_batch is not None:
         at_once = max(1, min(config.max_unet_batch // (1 + work.guided), part * steps))

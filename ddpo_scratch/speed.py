@@ -58,7 +58,8 @@ def measured_batch(
     reference: torch.nn.Module | None,  # for a penalty
 ) -> int:                  # rows of the UNet, twice the samples with guidance
     "How many rows it is cheapest to train at a time. Leaves no gradient behind."
-    network, steps = network_of(pipe), trained_steps(config.num_timesteps, config.timestep_fraction)
+    network = network_of(pipe)
+    steps = trained_steps(config.num_timesteps, config.timestep_fraction, config.which_steps)
     shape = latents_shape(pipe, 1, config.img_size, config.img_size)[1:]
     device, shares = network.device, config.gradient_accumulation * processes().num_processes
     part = -(-min(config.batch_size, config.num_samples_per_epoch) // shares)

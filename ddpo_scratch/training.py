@@ -37,7 +37,7 @@ from ddpo_scratch.checks import (
     check_size,
 )
 from .lora import LORA_TARGETS, AdapterOff, add_lora, check_lora, trained_weights
-from .loss import compute_loss
+from .loss import choose_steps, compute_loss
 from ddpo_scratch.models import (
     Conditioning,
     family_of,
@@ -92,6 +92,8 @@ def plain_value(
         return ",".join(map(str, value)) or None
     if name == "lora_targets" and isinstance(value, list):
         return tuple(value)
+    if name == "which_steps" and isinstance(value, (list, int)) and not isinstance(value, bool):
+        return ",".join(map(str, value if isinstance(value, list) else [value]))
     return value.item() if isinstance(value, np.generic) else value
 
 # %% ../nbs/06_training.ipynb 7
@@ -112,7 +114,8 @@ class DDPOConfig:
     samples_per_prompt: int = 1  # K, pictures of each prompt in an epoch; above 1: groups
     num_inner_epochs: int = 1  # passes over an epoch's samples
     num_timesteps: int = 50  # T, denoising steps of a picture
-    timestep_fraction: float = 1.0  # share of the steps that is trained, from the noise on; 1: all
+    timestep_fraction: float = 1.0  # share of the steps that is trained; 1: all
+    which_steps: str = "first"  # "first", from the noise on, "random", or numbers from 0: "0,3,6"
     num_eval_samples: int = 128  # fresh pictures that judge the model before and after training
 
     lora_rank: int = 0  # rank of the adapter that is trained in place of the UNet; 0: all weights
@@ -156,6 +159,14 @@ class DDPOConfig:
         if not self.lora_rank and (self.lora_alpha, self.lora_targets) != (None, LORA_TARGETS):
             raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank: set "
                              "that, or leave them out.")
+        if self.which_steps not in ("first", "random"):
+            given = [int(step) for step in self.which_steps.split(",")]
+            if max(given) >= self.num_timesteps or len(set(given)) < len(given):
+                raise ValueError(f"which_steps {self.which_steps!r}: give numbers from 0 to "
+                                 f"{self.num_timesteps - 1} (num_timesteps - 1), each once.")
+            if self.timestep_fraction != 1:
+                raise ValueError(f"which_steps {self.which_steps!r} says which steps are trained: "
+                                 f"set timestep_fraction, now {self.timestep_fraction}, to 1.")
         if self.buffer_size is None:
             object.__setattr__(self, "buffer_size",
                                max(2 * self.min_count, self.samples_per_prompt))
@@ -537,22 +548,28 @@ def batch_gradient(
     encoded: Encoded,              # their prompts
     batch: torch.Tensor,           # which of them, indices, [B]
 ) -> dict[str, float]:             # loss, and what `compute_loss` measures
-    "Add the gradient of a batch's loss to the weights' `.grad`."
-    parts = my_part(batch).tensor_split(config.gradient_accumulation)
+    """Add the gradient of a batch's loss to the weights' `.grad`.
+
+    Steps that are drawn at random stand for all T: loss and gradient are counted T / S times."""
+    steps = choose_steps(config.num_timesteps, config.timestep_fraction, config.which_steps,
+                         len(batch), state.shuffler)
+    weight = config.num_timesteps / len(steps) if config.which_steps == "random" else 1.0
+    parts = my_part(torch.arange(len(batch))).tensor_split(config.gradient_accumulation)
     measured, unet = [], network_of(pipe)
     device, still = unet.device, (state.now.advantages[batch] == 0).float().mean().item()
-    for part in parts:
-        if len(part) == 0: continue
+    for rows in parts:
+        if len(rows) == 0: continue
+        part = batch[rows]
         metrics, prompts = {}, [state.now.prompts[i] for i in part]
         with in_precision(config.precision, unet, state.reference):
             loss = compute_loss(
                 all_step_preds[:, part].to(device), log_probs[:, part].to(device),
                 state.now.advantages[part].to(device), config.clip_advantages, config.clip_ratio,
                 prompts, pipe, config.num_timesteps, config.cfg, config.eta, device,
-                config.timestep_fraction, config.kl_coef, state.reference, metrics, state.scaler,
-                len(part) / len(batch), encoded(prompts, device), state.unet_batch,
-                searching_pays(config, state.now.watched, still))
-        measured.append((dict(loss=loss, **metrics), len(part)))
+                1.0, config.kl_coef, state.reference, metrics, state.scaler,
+                weight * len(part) / len(batch), encoded(prompts, device), state.unet_batch,
+                searching_pays(config, state.now.watched, still), steps[:, rows])
+        measured.append((dict(loss=weight * loss, **metrics), len(part)))
     sum_gradients(state.weights)
     rows, sizes = zip(*gathered(measured))
     return averages(rows, sizes) | {"max_log_ratio": max(row["max_log_ratio"] for row in rows)}

@@ -130,10 +130,11 @@ def trained(config, stop_after=None, checkpoint=None):
 
 
 def test_a_run_goes_on_after_any_batch():
-    "Full training, LoRA with a penalty, bf16 with one: stopped in sampling and in updates."
+    "All weights; LoRA, a penalty, drawn steps; bf16: stopped in sampling and in updates."
     changes = SMALL | dict(num_epochs=2, num_timesteps=2, lr=1e-3, num_inner_epochs=2,
                            anneal_lr=True)
-    kinds = (dict(), dict(lora_rank=2, kl_coef=0.1), dict(kl_coef=0.1, precision="bf16"))
+    some = dict(which_steps="random", timestep_fraction=0.5)
+    kinds = (dict(), dict(lora_rank=2, kl_coef=0.1, **some), dict(kl_coef=0.1, precision="bf16"))
     for kind in kinds:
         config = make_config("emoji", **changes | kind)
         whole, state = trained(config)

@@ -23,7 +23,7 @@ def run(lora_rank):
     config = make_config(
         "emoji", num_epochs=3, num_samples_per_epoch=11, samples_per_prompt=1, batch_size=5,
         sample_batch_size=4, num_timesteps=4, lr=1e-3, kl_coef=0.01, gradient_accumulation=2,
-        lora_rank=lora_rank)
+        lora_rank=lora_rank, which_steps="random" if lora_rank else "first")
     pipe, names, seen = load_pipeline("emoji").to(torch.float64), iter(range(1000)), []
     state = TrainingState(config, pipe)
     def on_batch():

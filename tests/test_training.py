@@ -4,7 +4,7 @@ import itertools
 import sys
 import threading
 from contextlib import redirect_stdout
-from dataclasses import fields, replace
+from dataclasses import fields
 from unittest.mock import patch
 
 import numpy as np
@@ -61,7 +61,7 @@ def test_presets_are_the_blogs_and_its_miniature():
         precision="fp32", lora_rank=0, lora_alpha=None, gradient_accumulation=1, save_every=10,
         keep=2, log_with=None, use_8bit_adam=False, offload=False, eval_rewards=None,
         push_to_hub=None, scale_rewards=True, max_unet_batch=None, skip_clipped=True,
-        lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
+        which_steps="first", lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(DDPOConfig)} - set(blog) == {"seed", "device"}
     assert PRESETS["emoji"].pipeline == "emoji"
@@ -79,33 +79,55 @@ def test_of_two_counts_one_will_do():
         make_config("blog", min_count=6, buffer_size=5)
 
 
+def gradient_of_seven(**changes):
+    "Of seven samples at three steps, with guidance and a penalty, in float64; what is measured."
+    config = make_config("emoji", **TINY | dict(
+        num_timesteps=3, timestep_fraction=1.0, cfg=2.0, kl_coef=0.1, clip_ratio=0.02) | changes)
+    pipe = load_pipeline("emoji", "cpu").to(torch.float64)
+    state = TrainingState(config, pipe)
+    with torch.no_grad():
+        for weight in state.weights: weight += 1e-3 * torch.randn_like(weight)
+    g = torch.Generator().manual_seed(1)
+    state.now.prompts = [f"animal {i}" for i in range(7)]
+    state.now.advantages = torch.randn(7, generator=g)
+    _, xs, log_probs = training.sd_sample(state.now.prompts, pipe, 64, 64, 2.0, 3, 1.0, "cpu", g)
+    log_probs += 0.02 * torch.randn(log_probs.shape, generator=g)
+    encoded = Encoded(pipe, config)
+    encoded.read(state.now.prompts)
+    batch = torch.randperm(7, generator=g)
+    measured = batch_gradient(config, pipe, state, xs, log_probs, encoded, batch)
+    return torch.cat([weight.grad.flatten() for weight in state.weights]), measured
+
+
 def test_a_batch_in_parts_has_the_same_gradient():
-    "Seven samples in one part, in three (3, 2, 2) and in nine; guidance, a penalty, float64."
-    config = make_config("emoji", **TINY | dict(cfg=2.0, kl_coef=0.1, clip_ratio=0.02))
-    def gradient(parts):
-        pipe = load_pipeline("emoji", "cpu").to(torch.float64)
-        state = TrainingState(config, pipe)
-        with torch.no_grad():
-            for weight in state.weights: weight += 1e-3 * torch.randn_like(weight)
-        g = torch.Generator().manual_seed(1)
-        state.now.prompts = [f"animal {i}" for i in range(7)]
-        state.now.advantages = torch.randn(7, generator=g)
-        _, xs, log_probs = training.sd_sample(
-            state.now.prompts, pipe, 64, 64, 2.0, 3, 1.0, "cpu", g)
-        log_probs += 0.02 * torch.randn(log_probs.shape, generator=g)
-        parted = replace(config, gradient_accumulation=parts)
-        batch = torch.randperm(7, generator=g)
-        encoded = Encoded(pipe, parted)
-        encoded.read(state.now.prompts)
-        measured = batch_gradient(parted, pipe, state, xs, log_probs,
-                                  encoded, batch)
-        return torch.cat([weight.grad.flatten() for weight in state.weights]), measured
-    whole, measured = gradient(1)
-    for parts in (3, 9):
-        ours, same = gradient(parts)
+    "Seven samples in one part, in three (3, 2, 2) and in nine; with drawn steps, too."
+    for which in (dict(), dict(which_steps="random", timestep_fraction=0.6)):
+        whole, measured = gradient_of_seven(**which)
+        for parts in (3, 9):
+            ours, same = gradient_of_seven(gradient_accumulation=parts, **which)
+            assert ours.dtype == torch.float64 and (ours - whole).norm() < 1e-10 * whole.norm()
+            assert same == pytest.approx(measured, rel=1e-9)
         assert ours.dtype == torch.float64 and (ours - whole).norm() < 1e-10 * whole.norm()
         assert same == pytest.approx(measured, rel=1e-9)
-    assert 0 < measured["clip_fraction"] < 1 and measured["ref_kl"] > 0
+        assert 0 < measured["clip_fraction"] < 1 and measured["ref_kl"] > 0
+
+
+
+
+def test_which_steps_are_trained():
+    "Steps one by one add up to all; all that can be drawn are all; one of three counts thrice."
+    whole, measured = gradient_of_seven()
+    one_by_one = [gradient_of_seven(which_steps=which) for which in ("0", "1", "2")]
+    for gradients, loss in (
+            (sum(ours for ours, _ in one_by_one), sum(found["loss"] for _, found in one_by_one)),
+            *((ours, found["loss"]) for ours, found in (
+                gradient_of_seven(which_steps=which) for which in ("random", "2,0,1")))):
+        assert (gradients - whole).norm() < 1e-10 * whole.norm()
+        assert loss == pytest.approx(measured["loss"], rel=1e-9)
+    with patch.object(training, "choose_steps", lambda *_: torch.ones(1, 7, dtype=torch.long)):
+        drawn, found = gradient_of_seven(which_steps="random", timestep_fraction=0.3)
+    assert (drawn - 3 * one_by_one[1][0]).norm() < 1e-10 * drawn.norm()
+    assert found["loss"] == pytest.approx(3 * one_by_one[1][1]["loss"], rel=1e-9)
 
 
 def test_batches_are_equal():
@@ -368,7 +390,9 @@ BAD = (("num_epochs", 0), ("batch_size", -1), ("num_timesteps", 2.5), ("img_size
        ("batch_size", True), ("timestep_fraction", 0), ("timestep_fraction", 1.1), ("lr", True),
        ("buffer_size", 0), ("min_count", 0), ("buffer_size", "8"), ("buffer_size", 1),
        ("min_count", 1), ("lr", 1e38), ("gradient_accumulation", 0), ("log_with", "wandbb"),
-       ("save_every", 0), ("keep", 0),
+       ("save_every", 0), ("keep", 0), ("which_steps", "last"), ("which_steps", ""),
+       ("which_steps", 1.5), ("which_steps", "0,0"), ("which_steps", "0,8"), ("which_steps", True),
+       ("which_steps", "0,3"),  # timestep_fraction is 0.75
        ("weight_decay", float("inf")))
 
 

@@ -1,9 +1,9 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
-All but the last three train; beside this file they leave a table, a line for each look at fresh
-pictures on the way, and for chapter 9 a strip of pictures. `right` and `samplers` look at what
-`ddpo_train --seed N --name seedN` has left in runs/seed0, runs/seed1 and runs/seed2, whose
-metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `flow` at what `ddpo_train --pipeline
+All but `right`, `samplers` and `flow` train; beside this file they leave a table, a line for each
+look at fresh pictures on the way, and for chapter 9 a strip of pictures. `right` and `samplers`
+look at what `ddpo_train --seed N --name seedN` has left in runs/seed0, runs/seed1 and runs/seed2,
+whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `flow` at what `ddpo_train --pipeline
 emoji_flow --eta 0.7 --seed N --name flowN` has left in runs/flow0 and runs/flow1. The committed
 pictures were reduced to 256 colours afterwards.
 """
@@ -63,12 +63,25 @@ CURES = {
 }
 
 
+# Chapter 20. The preset with all of its eight steps, the first four, or four that are drawn.
+STEPS = {
+    "all eight": dict(timestep_fraction=1.0),
+    "the first four": dict(timestep_fraction=0.5),
+    "four at random": dict(timestep_fraction=0.5, which_steps="random"),
+}
+
+
+class TimeIsUp(Exception):
+    pass
+
+
 def watched(
     name: str,       # of the run, for the table
     config,          # `DDPOConfig`
     looked_at: int,  # how many fresh pictures
     every: int,      # epochs from look to look
     strip: Path | None = None,  # where to leave the pictures of six prompts
+    limit: float = float("inf"),  # seconds of training, after which it ends with a look
 ) -> list[dict]:     # a row for each look
     "Train, and look at fresh pictures on the way: how large, and how many right animals?"
     pipe, rows, looks = load_pipeline(config.pipeline, "cpu"), [], []
@@ -90,11 +103,14 @@ def watched(
     def on_epoch(row):
         nonlocal seconds
         seconds += row["seconds"]
-        if row["epoch"] % every == 0: look(row["epoch"], seconds)
+        if row["epoch"] % every == 0 or seconds >= limit: look(row["epoch"], seconds)
+        if seconds >= limit: raise TimeIsUp
 
     seconds = 0.0
     look(0, seconds)
-    train(config, pipe, prompt_fn, reward_fn, on_epoch)
+    try:
+        train(config, pipe, prompt_fn, reward_fn, on_epoch)
+    except TimeIsUp: pass
     if strip:
         first = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:6]
         shown = looks if len(looks) <= 6 else looks[::2]
@@ -119,6 +135,13 @@ def groups():
 def reinforce():
     "Chapter 5."
     return compared(REINFORCES)
+
+
+def steps():
+    "Chapter 20. Four minutes of training each, looks not counted, on a machine with nothing else."
+    return [row for seed in (0, 1) for name, changes in STEPS.items()
+            for row in watched(name, make_config(
+                "emoji", seed=seed, num_epochs=1000, **changes), 512, 8, limit=240)]
 
 
 def gamed():
@@ -206,7 +229,7 @@ def flow():
 
 
 TABLES = {function.__name__: function for function in (
-    groups, reinforce, gamed, incompressible, right, samplers, flow)}
+    groups, reinforce, steps, gamed, incompressible, right, samplers, flow)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
