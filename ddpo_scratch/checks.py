@@ -396,7 +396,7 @@ def check_field(
     if name in strings and not isinstance(value, str):
         raise TypeError(f"{name} is a name, a string, not a {type(value).__name__}.")
     switches = ("gradient_checkpointing", "anneal_lr", "use_8bit_adam", "offload", "scale_rewards",
-                "skip_clipped")
+                "skip_clipped", "compile")
     if name in switches and not isinstance(value, bool):
         raise TypeError(f"{name} is True or False, not {value!r}.")
 

@@ -743,9 +743,9 @@ GROUPS = {
     "how_far": ("how far it may go, and what counts as better than usual", (
         "cfg", "eta", "clip_ratio", "clip_advantages", "kl_coef", "buffer_size", "min_count")),
     "machine": ("speed and memory; what is learnt changes by rounding only", (
-        "sample_batch_size", "max_unet_batch", "skip_clipped", "gradient_accumulation", "precision",
-        "gradient_checkpointing", "use_8bit_adam", "offload", "device", "save_every", "keep",
-        "log_with", "push_to_hub")),
+        "sample_batch_size", "max_unet_batch", "skip_clipped", "compile", "gradient_accumulation",
+        "precision", "gradient_checkpointing", "use_8bit_adam", "offload", "device", "save_every",
+        "keep", "log_with", "push_to_hub")),
 }
 
 DESCRIPTION = """Train a text-to-image model on a reward with DDPO.

@@ -151,6 +151,7 @@ def compute_loss(
     max_unet_batch: int | None = None,  # rows of a call, but one sample; None: a step of the batch
     skip_clipped: bool = False,        # whether to look first for steps that have no gradient
     steps: torch.Tensor | None = None,  # in place of the first: each sample's, 0 … T-1, [S, B]
+    even_calls: bool = False,          # all calls of one size, filled up, as compiled networks want
 ) -> float:                            # the loss: mean over the batch, sum over the trained steps
     "The clipped DDPO loss; adds its gradient to the UNet parameters' `.grad`. No optimiser step."
     check_policy_arguments(prompts, pipe, guidance_scale, num_inference_steps, eta)
@@ -164,13 +165,17 @@ def compute_loss(
         steps = choose_steps(num_inference_steps, timestep_fraction, "first", count)
     step_of = steps.flatten().to(x_t.device)
     at_once = count if max_unet_batch is None else max(1, max_unet_batch // (1 + words.guided))
+    if even_calls: at_once = -(-len(step_of) // -(-len(step_of) // at_once))
 
     def loss_of(pairs: torch.Tensor) -> StepLoss:
-        step, sample = step_of[pairs], pairs % count
-        return step_loss(
+        filler = pairs[-1:].expand(at_once - len(pairs) if even_calls else 0)
+        filled = torch.cat([pairs, filler])
+        step, sample = step_of[filled], filled % count
+        found = step_loss(
             step, x_t[step, sample], x_t[step + 1, sample], original_log_probs[step, sample],
             advantages[sample], clip_ratio, words[sample], network, schedule, guidance_scale,
             kl_coef, ref_unet)
+        return StepLoss(*(values[:len(pairs)] for values in found))
 
     pairs = torch.arange(len(step_of), device=x_t.device)
     seen, to_train = [], pairs

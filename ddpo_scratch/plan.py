@@ -264,9 +264,9 @@ class Plan(NamedTuple):
         return sum(self.resident.values()) + max(self.peaks.values())
 
     def seconds(self, card: str, precision: str) -> float:
-        "An epoch's, on one of `GPUS`, at the assumed utilisation."
+        "An epoch's, on one of `GPUS`, at the utilisation that one of them was seen at."
         _, full, half = GPUS[card]
-        speed = UTILISATION * 1e12 * (full if precision == "fp32" else half)
+        speed = UTILISATION[precision] * 1e12 * (full if precision == "fp32" else half)
         return (self.sampling + self.training) / speed
 
 
@@ -293,8 +293,7 @@ def make_plan(
         work.precision = config.precision
         peaks = {"sampling": work.peak(work.sample, at_a_time),
                  "decoding": work.peak(work.decode, at_a_time),
-                 "training": work.peak(work.train, at_once),
-                 "AdamW's step": 0 if config.use_8bit_adam else 4 * trained}
+                 "training": work.peak(work.train, at_once)}
     if config.offload:
         for phase in ("sampling", "decoding"): peaks[phase] += size(*others)
     name = "UNet" if work.family.network == "unet" else "transformer"
@@ -314,7 +313,7 @@ def make_plan(
 GPUS = {  # gigabytes, and 10¹² operations a second in fp32 (as TF32) and in 16 bits, says NVIDIA
     "RTX 3090, 24 GB": (25.8, 35.6, 71), "RTX 4090, 24 GB": (25.8, 82.6, 165),
     "A100, 80 GB": (85.9, 156, 312), "H100, 80 GB": (85.9, 495, 989)}
-UTILISATION = 0.33
+UTILISATION = {"fp32": 0.16, "bf16": 0.25, "fp16": 0.25}  # of that; chapter 20 measured it
 
 
 def plan_text(
@@ -326,7 +325,7 @@ def plan_text(
         return f"{size / 1e9:7.2f} GB" if plan.memory > 1e9 else f"{size / 1e6:7.1f} MB"
     def many(count):
         return f"{count / 1e15:.2f} · 10¹⁵" if count > 1e14 else f"{count / 1e12:.2f} · 10¹²"
-    name = config.pipeline
+    name, share = config.pipeline, UTILISATION[config.precision]
     lines = [f"{name}: {plan.trained / 1e6:.1f} million numbers are trained, "
              f"{plan.frozen / 1e6:.1f} million are not", "",
              "memory that is taken all the time:",
@@ -337,7 +336,7 @@ def plan_text(
              f"in the CPU's memory: {gigabytes(plan.trajectories).strip()} of trajectories", "",
              f"operations of an epoch: {many(plan.sampling)} for sampling, "
              f"{many(plan.training)} for training", "",
-             f"an epoch, and {config.num_epochs}, at {UTILISATION:.0%} of a card's peak:"]
+             f"an epoch, and {config.num_epochs}, at {share:.0%} of a card's peak:"]
     for card, (size, _, _) in GPUS.items():
         epoch = plan.seconds(card, config.precision)
         fits = "" if plan.memory / 1e9 + 1.5 < size else "   does not fit"

@@ -9,6 +9,7 @@ __all__ = []
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from diffusers import DiffusionPipeline
@@ -78,7 +79,8 @@ def measured_batch(
                               reference)
             found.loss.sum().backward()
 
-    samples = cheapest(call, part, part * steps, device)
+    with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
+        samples = cheapest(call, part, part * steps, device)  # to compile each size takes too long
     for weight in weights: weight.grad = None
     del averages
     return samples * (1 + words.guided)
@@ -94,3 +96,31 @@ def searching_pays(
     look = 1 / (1 + config.gradient_checkpointing + backward)
     clipped = watched[-1]["clip_fraction"] if watched else 0.0
     return config.skip_clipped and clipped + still > look
+
+# %% ../nbs/20_speed.ipynb 13
+def compile_blocks(
+    *networks: torch.nn.Module | None,  # what is none, is left alone
+) -> None:
+    "Their repeated blocks become one graph each, for each size of call."
+    torch._dynamo.config.recompile_limit = 64  # a UNet has four sizes of a block, a run four calls
+    for network in networks:
+        if not isinstance(network, torch.nn.Module): continue
+        if not network._repeated_blocks: network._repeated_blocks = network._no_split_modules
+        network.compile_repeated_blocks(fullgraph=True, dynamic=False)
+
+# %% ../nbs/20_speed.ipynb 15
+def onto(
+    device: torch.device,
+    x: torch.Tensor,  # on the CPU
+) -> torch.Tensor:
+    "A copy there; the CPU does not wait for a GPU's."
+    if device.type != "cuda": return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def off(
+    x: torch.Tensor,
+) -> torch.Tensor:
+    "A copy on the CPU; itself, where it is there already."
+    if x.device.type != "cuda": return x.cpu()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)

@@ -6,13 +6,20 @@ import sys
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+)
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from torch._dynamo.utils import counters
 from torch.distributions import MultivariateNormal, Normal
 
 from ddpo_scratch.cli import run_training
@@ -183,6 +190,29 @@ def test_all_stays_on_its_device(name, folders):
                 assert loss.device.type == "cuda" and loss.requires_grad
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
+# pytest calls this test, the notebook does not: fixtures are pytest's
+
+
+@pytest.mark.parametrize("name, lora_rank", [("sdxl", 0), *((name, 4) for name in TWINS)])
+def test_blocks_are_one_graph_each(name, lora_rank, folders):
+    "Without breaks, with adapter and penalty; made in the first epoch; the same run."
+    def run(**changes):
+        pipe, prompts, graphs = load_pipeline(folders[name], "cpu"), iter(PROMPTS * 4), []
+        config = tiny_run(lora_rank=lora_rank, cfg=guidance_of(name), max_unet_batch=8, **changes)
+        rows = train(config, pipe, lambda: next(prompts), redness,
+                     on_epoch=lambda row: graphs.append(counters["stats"]["unique_graphs"]))
+        return rows, graphs
+    plain, _ = run()
+    real = ModelMixin.compile_repeated_blocks
+    def without_code(network, **options): real(network, backend="eager", **options)
+    torch._dynamo.reset()
+    counters.clear()
+    with patch.object(ModelMixin, "compile_repeated_blocks", without_code):
+        rows, graphs = run(compile=True)
+    assert graphs[0] == graphs[1] > 0 and not counters["graph_break"]
+    for ours, theirs in zip(rows, plain):
+        for number in ("reward_mean", "loss", "grad_norm", "ref_kl"):
+            assert ours[number] == pytest.approx(theirs[number], rel=1e-3, abs=1e-5)
 # pytest calls this test, the notebook does not: fixtures are pytest's
 
 

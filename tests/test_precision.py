@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddpo_scratch.checkpoints import state_from_dict, state_to_dict
 from ddpo_scratch.loss import compute_loss
@@ -151,14 +152,10 @@ def test_an_update_that_is_not_finite_is_left_out():
         trained({1}, num_samples_per_epoch=4)
 
 
-def test_averages_in_eight_bits():
-    "AdamW's steps, by hand in float64, but for rounding; the bytes that the plan counts on."
-    pytest.importorskip("bitsandbytes")
-    config = make_config("emoji", use_8bit_adam=True, lr=1e-3, weight_decay=0.1)
-    weights = [torch.nn.Parameter(torch.randn(80, 80)), torch.nn.Parameter(torch.randn(50))]
+def errors_after_twenty_steps(optimizer, weights):
+    "How far the weights are from AdamW's formula in float64, as a share of their way."
     started = [weight.detach().double() for weight in weights]
     by_hand, m, v = list(started), [0, 0], [0, 0]
-    optimizer = make_optimizer(weights, config)
     for step in range(1, 21):
         for i, weight in enumerate(weights):
             weight.grad = torch.randn_like(weight) + 0.5
@@ -167,8 +164,37 @@ def test_averages_in_eight_bits():
             by_hand[i] = (1 - 1e-4) * by_hand[i] - 1e-3 * (m[i] / (1 - 0.9**step)) / (
                 (v[i] / (1 - 0.999**step)).sqrt() + 1e-8)
         optimizer.step()
-    for weight, ours, start, close in zip(weights, by_hand, started, (0.05, 1e-4)):
-        error = (weight.detach() - ours).norm() / (ours - start).norm()
+    return [((weight.detach() - ours).norm() / (ours - start).norm()).item()
+            for weight, ours, start in zip(weights, by_hand, started)]
+
+
+def two_weights():
+    return [torch.nn.Parameter(torch.randn(80, 80)), torch.nn.Parameter(torch.randn(50))]
+
+
+def test_adamw_is_its_formula():
+    "With and without its one pass over the weights, which GPUs are given."
+    config = make_config("emoji", lr=1e-3, weight_decay=0.1)
+    for fused in (False, True):
+        weights = two_weights()
+        optimizer = make_optimizer(weights, config)
+        optimizer.param_groups[0]["fused"] = fused
+        assert max(errors_after_twenty_steps(optimizer, weights)) < 1e-4
+    assert optimizer.defaults["fused"] is None
+    with FakeTensorMode(): weights = [torch.nn.Parameter(torch.zeros(3, device="cuda"))]
+    assert make_optimizer(weights, config).defaults["fused"]
+
+
+
+
+def test_averages_in_eight_bits():
+    "AdamW's steps but for rounding; the bytes that the plan counts on."
+    pytest.importorskip("bitsandbytes")
+    config = make_config("emoji", use_8bit_adam=True, lr=1e-3, weight_decay=0.1)
+    weights = two_weights()
+    optimizer = make_optimizer(weights, config)
+    errors = errors_after_twenty_steps(optimizer, weights)
+    for weight, error, close in zip(weights, errors, (0.05, 1e-4)):
         assert error < close and (error > 1e-4) == (weight.numel() > 4096)
         state = optimizer.state[weight]
         held = sum(x.nbytes for name, x in state.items()

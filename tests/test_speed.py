@@ -6,6 +6,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_scratch import speed
@@ -16,7 +17,14 @@ from ddpo_scratch.loss import compute_loss
 from ddpo_scratch.models import network_of
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.sampling import encode_prompts, sd_sample
-from ddpo_scratch.speed import cheapest, measured_batch, searching_pays
+from ddpo_scratch.speed import (
+    cheapest,
+    compile_blocks,
+    measured_batch,
+    off,
+    onto,
+    searching_pays,
+)
 from ddpo_scratch.training import TrainingState, make_config, train
 
 PROMPTS, ADVANTAGES = ["a fox", "an owl", "a cat", "a bee"], torch.tensor([1.0, -1.0, 0.5, 0.0])
@@ -138,6 +146,56 @@ def test_nothing_is_asked_between_the_first_step_and_the_loss():
             with Questions() as questions:
                 ours(pipe, xs, log_probs, 3.0, max_unet_batch=16, skip_clipped=search, words=words)
             assert questions.asked == ["index"] * search + ["tolist"]
+
+
+def test_compiled_blocks_compute_the_same():
+    "The plain gradient, with and without the search; graphs are made once, whatever is clipped."
+    pipe, xs, log_probs = moved("emoji", 5.0)
+    expected, told = ours(pipe, xs, log_probs, 5.0)
+    torch._dynamo.reset()
+    counters.clear()
+    compile_blocks(pipe.unet, None)
+    def compiled(**changes):
+        return ours(pipe, xs, log_probs, 5.0, max_unet_batch=32, even_calls=True, **changes)
+    for search in (False, True):
+        found, metrics = compiled(skip_clipped=search)
+        assert torch.cosine_similarity(found, expected, dim=0) > 0.99999
+        assert found.norm().item() == pytest.approx(expected.norm().item(), rel=1e-4)
+        assert metrics == pytest.approx(told, rel=1e-3, abs=1e-5)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs > 0 and not counters["graph_break"]
+    for advantages in ([0.0, 0.0, 1.0, -1.0], [0.0, 0.0, 0.0, 1.0]):
+        compiled(skip_clipped=True, advantages=torch.tensor(advantages))
+    assert counters["stats"]["unique_graphs"] == graphs
+# pytest calls this test, the notebook does not: it takes ten seconds and more
+
+
+def test_calls_of_one_size():
+    "Filled up: not one row more than the largest call needs; no padding in what is measured."
+    pipe, xs, log_probs = moved("emoji", 1.0)
+    rows = []
+    pipe.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    expected, told = ours(pipe, xs, log_probs, 1.0)
+    for most, sizes in ((12, [10] * 4), (16, [14] * 3), (40, [40]), (1, [1] * 40)):
+        rows.clear()
+        found, metrics = ours(pipe, xs, log_probs, 1.0, max_unet_batch=most, even_calls=True)
+        assert rows == sizes
+        assert (found - expected).norm() < 1e-4 * expected.norm()
+        assert metrics == pytest.approx(told, rel=1e-3, abs=1e-5)
+    rows.clear()
+    ours(pipe, xs, log_probs, 1.0, max_unet_batch=16, even_calls=True, skip_clipped=True)
+    assert set(rows) == {14}
+
+
+
+
+def test_copies_are_the_same():
+    "Where all is on the CPU nothing is copied; `device` decides."
+    x = torch.randn(3, 4)
+    assert onto(torch.device("cpu"), x) is x and off(x) is x
+    if torch.cuda.is_available():
+        there = onto(torch.device("cuda"), x)
+        assert there.is_cuda and torch.equal(off(there), x) and off(there).is_pinned()
 
 
 def test_the_number_is_the_cheapest():

@@ -61,7 +61,7 @@ def test_presets_are_the_blogs_and_its_miniature():
         precision="fp32", lora_rank=0, lora_alpha=None, gradient_accumulation=1, save_every=10,
         keep=2, log_with=None, use_8bit_adam=False, offload=False, eval_rewards=None,
         push_to_hub=None, scale_rewards=True, max_unet_batch=None, skip_clipped=True,
-        which_steps="first", lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
+        which_steps="first", compile=False, lora_targets=("to_q", "to_k", "to_v", "to_out.0"))
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(DDPOConfig)} - set(blog) == {"seed", "device"}
     assert PRESETS["emoji"].pipeline == "emoji"

@@ -1,0 +1,116 @@
+"""What a GPU takes for Stable Diffusion 1.4's architecture, 512 pixels, guidance, weights random.
+
+    python nbs/results/gpu.py
+
+leaves gpu.csv beside this file, with a line for each measurement: the median of six after two that
+warm up, or the second epoch of a run of three.
+"""
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from ddpo_scratch.cli import csv_text, write_file
+from ddpo_scratch.loss import step_loss
+from ddpo_scratch.plan import full_size
+from ddpo_scratch.precision import in_precision
+from ddpo_scratch.prompts import imagenet_animal_prompts
+from ddpo_scratch.rewards import JPEGCompressibility
+from ddpo_scratch.sampling import encode_prompts, make_schedule, step_distribution
+from ddpo_scratch.speed import compile_blocks, off, onto
+from ddpo_scratch.training import make_config, train
+
+DEVICE, FILE, rows = torch.device("cuda"), Path(__file__).with_name("gpu.csv"), []
+
+
+def note(what, variant, milliseconds, unet_rows="", first=""):
+    "A line of the table, which is written at once: what has been measured is not lost."
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    rows.append({"card": torch.cuda.get_device_name(), "what": what, "variant": variant,
+                 "rows": unet_rows, "milliseconds": round(milliseconds, 2),
+                 "first_seconds": first, "peak_gb": round(peak, 1)})
+    print(rows[-1], flush=True)
+    write_file(FILE, csv_text(rows))
+
+
+def clock(what, variant, call, unet_rows=""):
+    "Note how long a call takes, and what the first one did."
+    torch.cuda.reset_peak_memory_stats()
+    took = []
+    for _ in range(8):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+    note(what, variant, 1000 * statistics.median(took[2:]), unet_rows, round(took[0], 1))
+
+
+def calls(variant, pipe, sampled, trained):
+    "One step of some samples, sampled, and trained."
+    schedule = make_schedule(pipe, 50, 1.0, 64, 64, DEVICE)
+    words = encode_prompts(["a fox"], pipe, 5.0, DEVICE)
+
+    def sample():
+        with torch.no_grad():
+            step_distribution(pipe.unet, x[0], 3, several, schedule, 5.0)
+
+    def learn():
+        step_loss(zeros.long(), *x, zeros, zeros + 1, 1e-4, several, pipe.unet, schedule,
+                  5.0).loss.sum().backward()
+
+    for what, call, sizes in (("sample", sample, sampled), ("train", learn, trained)):
+        for count in sizes:
+            x, zeros = torch.randn(2, count, 4, 64, 64, device=DEVICE), torch.zeros(
+                count, device=DEVICE)
+            several = words[[0] * count]
+            with in_precision("bf16", pipe.unet): clock(what, variant, call, 2 * count)
+
+
+def epochs(variant, **changes):
+    "Sixteen pictures in twenty steps, from the second epoch of three."
+    config = make_config("blog", **dict(
+        device="cuda", precision="bf16", reward="jpeg_compressibility", num_samples_per_epoch=16,
+        sample_batch_size=16, num_timesteps=20, num_epochs=3, max_unet_batch=8,
+        skip_clipped=False) | changes)
+    torch.manual_seed(0)
+    pipe = full_size(config)
+    torch.cuda.reset_peak_memory_stats()
+    history = train(config, pipe, imagenet_animal_prompts, JPEGCompressibility())
+    print(*history, sep="\n", flush=True)
+    note("epoch", variant, 1000 * history[1]["seconds"], "", round(history[0]["seconds"], 1))
+
+
+def copies():
+    "A batch's trajectories to the GPU, and those of 32 samples from it."
+    walk, part = torch.randn(51, 128, 4, 64, 64), torch.randperm(128)[:4]
+    drawn = torch.randn(51, 32, 4, 64, 64, device=DEVICE)
+    clock("to the GPU", "plain", lambda: walk[:, part].to(DEVICE))
+    clock("to the GPU", "pinned", lambda: onto(DEVICE, walk[:, part]))
+    clock("from the GPU", "plain", lambda: drawn.cpu())
+    clock("from the GPU", "pinned", lambda: off(drawn))
+
+
+def main():
+    torch.set_float32_matmul_precision("high")
+    copies()
+    epochs("a step of a batch at a time")
+    epochs("32 rows at a time", max_unet_batch=32)
+    pipe = full_size(make_config("blog", device="cuda"))
+    pipe.unet.eval()
+    calls("plain", pipe, (4, 16, 32), (4, 8, 16))
+    for variant, fused in (("plain", None), ("fused", True)):
+        optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=1e-9, fused=fused)
+        clock("AdamW", variant, optimizer.step)
+    del optimizer
+    pipe.unet.to(memory_format=torch.channels_last)
+    calls("channels last", pipe, (16,), (16,))
+    pipe.unet.to(memory_format=torch.contiguous_format)
+    compile_blocks(pipe.unet)
+    calls("compiled", pipe, (16,), (16,))
+    epochs("32 rows, compiled", max_unet_batch=32, compile=True)
+
+
+if __name__ == "__main__":
+    main()
