@@ -194,6 +194,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'ddpo_scratch.loss.compute_loss': ('loss.html#compute_loss', 'ddpo_scratch/loss.py'),
                                    'ddpo_scratch.loss.gaussian_kl': ('loss.html#gaussian_kl', 'ddpo_scratch/loss.py'),
                                    'ddpo_scratch.loss.in_parts': ('loss.html#in_parts', 'ddpo_scratch/loss.py'),
+                                   'ddpo_scratch.loss.named_steps': ('loss.html#named_steps', 'ddpo_scratch/loss.py'),
                                    'ddpo_scratch.loss.step_loss': ('loss.html#step_loss', 'ddpo_scratch/loss.py'),
                                    'ddpo_scratch.loss.sum_up': ('loss.html#sum_up', 'ddpo_scratch/loss.py'),
                                    'ddpo_scratch.loss.trained_steps': ('loss.html#trained_steps', 'ddpo_scratch/loss.py')},

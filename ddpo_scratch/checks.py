@@ -219,8 +219,9 @@ def check_steps(
 ) -> None:
     "`TypeError` or `ValueError` for anything but rows of the schedule for each sample."
     if not isinstance(steps, torch.Tensor) or steps.dtype not in (torch.int32, torch.int64):
-        raise TypeError("steps must be a tensor of whole numbers, not "
-                        f"{steps.dtype if isinstance(steps, torch.Tensor) else type(steps)}.")
+        raise TypeError(
+            "steps must be a tensor of whole numbers, not "
+            f"{steps.dtype if isinstance(steps, torch.Tensor) else type(steps).__name__}.")
     if timestep_fraction != 1:
         raise ValueError("steps and timestep_fraction: give one of the two.")
     if steps.ndim != 2 or steps.shape[1] != batch or len(steps) == 0:

@@ -82,15 +82,20 @@ def step_loss(
     return StepLoss(loss, log_ratio, clipped, ref_kl.detach())
 
 # %% ../nbs/05_loss.ipynb 25
+def named_steps(
+    which_steps: str,  # "first", "random", or numbers: "0,3,6"
+) -> list[int]:        # rows of the schedule, 0 the noisiest; none where they are not named
+    "The steps that are named."
+    return [] if which_steps in ("first", "random") else [*map(int, which_steps.split(","))]
+
+
 def trained_steps(
     num_inference_steps: int,   # T
     timestep_fraction: float,   # share of them
-    which_steps: str,           # "first", "random", or numbers: "0,3,6"
+    which_steps: str,           # as above
 ) -> int:                       # S, at least one
     "How many of the T steps are trained."
-    if which_steps in ("first", "random"):
-        return max(1, round(num_inference_steps * timestep_fraction))
-    return len(which_steps.split(","))
+    return len(named_steps(which_steps)) or max(1, round(num_inference_steps * timestep_fraction))
 
 
 def choose_steps(
@@ -104,8 +109,8 @@ def choose_steps(
     count = trained_steps(num_inference_steps, timestep_fraction, which_steps)
     if which_steps == "random":
         return torch.rand(num_inference_steps, samples, generator=generator).argsort(0)[:count]
-    rows = range(count) if which_steps == "first" else map(int, which_steps.split(","))
-    return torch.tensor([*rows])[:, None].expand(-1, samples)
+    rows = torch.tensor(named_steps(which_steps) or range(count))
+    return rows[:, None].expand(-1, samples)
 
 
 def in_parts(

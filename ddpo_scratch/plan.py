@@ -313,7 +313,7 @@ def make_plan(
 GPUS = {  # gigabytes, and 10¹² operations a second in fp32 (as TF32) and in 16 bits, says NVIDIA
     "RTX 3090, 24 GB": (25.8, 35.6, 71), "RTX 4090, 24 GB": (25.8, 82.6, 165),
     "A100, 80 GB": (85.9, 156, 312), "H100, 80 GB": (85.9, 495, 989)}
-UTILISATION = {"fp32": 0.16, "bf16": 0.25, "fp16": 0.25}  # of that; chapter 20 measured it
+UTILISATION = {"fp32": 0.16, "bf16": 0.25, "fp16": 0.25}  # of that, as an H200 did
 
 
 def plan_text(

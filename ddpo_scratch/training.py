@@ -37,7 +37,7 @@ from ddpo_scratch.checks import (
     check_size,
 )
 from .lora import LORA_TARGETS, AdapterOff, add_lora, check_lora, trained_weights
-from .loss import choose_steps, compute_loss
+from .loss import choose_steps, compute_loss, named_steps
 from ddpo_scratch.models import (
     Conditioning,
     family_of,
@@ -138,7 +138,7 @@ class DDPOConfig:
     sample_batch_size: int = 32  # pictures sampled at a time; changes results by rounding only
     max_unet_batch: int | None = None  # rows of a UNet call in training; None: found at the start
     skip_clipped: bool = True  # steps that the clip has cut off are looked for, and not trained
-    compile: bool = False  # the UNet's blocks, by torch.compile: faster on a GPU, after minutes
+    compile: bool = False  # the UNet's blocks, by torch.compile: a GPU is faster after some minutes
     gradient_accumulation: int = 1  # parts in which a batch's gradient is computed; saves memory
     precision: str = "fp32"  # of the UNet's arithmetic: fp32, bf16 or fp16; what is trained is fp32
     gradient_checkpointing: bool = True  # less memory in the backward pass, a third more time
@@ -160,8 +160,7 @@ class DDPOConfig:
         if not self.lora_rank and (self.lora_alpha, self.lora_targets) != (None, LORA_TARGETS):
             raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank: set "
                              "that, or leave them out.")
-        if self.which_steps not in ("first", "random"):
-            given = [int(step) for step in self.which_steps.split(",")]
+        if given := named_steps(self.which_steps):
             if max(given) >= self.num_timesteps or len(set(given)) < len(given):
                 raise ValueError(f"which_steps {self.which_steps!r}: give numbers from 0 to "
                                  f"{self.num_timesteps - 1} (num_timesteps - 1), each once.")
