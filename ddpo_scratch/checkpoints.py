@@ -132,6 +132,8 @@ def state_from_dict(
     saved: dict,   # of `state_to_dict`
 ) -> None:
     "Go back to where the saved state was."
+    for group in saved["optimizer"]["param_groups"]:  # computed as on this device, not as on that
+        if "fused" in group: group["fused"] = state.optimizer.defaults["fused"]
     state.optimizer.load_state_dict(saved["optimizer"])
     state.scaler.load_state_dict(saved["scaler"])
     state.tracker.stats = {prompt: deque(rewards, maxlen=state.tracker.buffer_size)

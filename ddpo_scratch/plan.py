@@ -256,7 +256,7 @@ class Plan(NamedTuple):
     training: float             # of its updates
     resident: dict[str, int]    # bytes that are there all the time, by part
     peaks: dict[str, int]       # bytes that come on top, by phase; one phase at a time
-    trajectories: int           # bytes of an epoch's samples, in the CPU's memory
+    trajectories: int           # bytes of an epoch's, in the CPU's memory: by batch, and together
 
     @property
     def memory(self) -> int:  # bytes
@@ -264,7 +264,7 @@ class Plan(NamedTuple):
         return sum(self.resident.values()) + max(self.peaks.values())
 
     def seconds(self, card: str, precision: str) -> float:
-        "An epoch's, on one of `GPUS`, at the utilisation that one of them was seen at."
+        "An epoch's, on one of `GPUS`, at the share of its peak that an H200 reached."
         _, full, half = GPUS[card]
         speed = UTILISATION[precision] * 1e12 * (full if precision == "fp32" else half)
         return (self.sampling + self.training) / speed
@@ -307,7 +307,7 @@ def make_plan(
         {name: size(work.network), "its reference": size(*copies),
          "VAE and text encoders": 0 if config.offload else size(*others),
          "gradients": 4 * trained, "AdamW's averages": averages},
-        peaks, 4 * epoch * (config.num_timesteps + 1) * latents)
+        peaks, 2 * 4 * epoch * (config.num_timesteps + 1) * latents)
 
 # %% ../nbs/15_plan.ipynb 13
 GPUS = {  # gigabytes, and 10¹² operations a second in fp32 (as TF32) and in 16 bits, says NVIDIA

@@ -9,7 +9,6 @@ __all__ = []
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
 from diffusers import DiffusionPipeline
@@ -79,8 +78,7 @@ def measured_batch(
                               reference)
             found.loss.sum().backward()
 
-    with torch.compiler.set_stance("force_eager") if config.compile else nullcontext():
-        samples = cheapest(call, part, part * steps, device)  # to compile each size takes too long
+    samples = cheapest(call, part, part * steps, device)  # not compiled: each size would take long
     for weight in weights: weight.grad = None
     del averages
     return samples * (1 + words.guided)
@@ -97,18 +95,41 @@ def searching_pays(
     clipped = watched[-1]["clip_fraction"] if watched else 0.0
     return config.skip_clipped and clipped + still > look
 
-# %% ../nbs/20_speed.ipynb 13
-def compile_blocks(
-    *networks: torch.nn.Module | None,  # what is none, is left alone
-) -> None:
-    "Their repeated blocks become one graph each, for each size of call."
-    torch._dynamo.config.recompile_limit = 64  # a UNet has four sizes of a block, a run four calls
-    for network in networks:
-        if not isinstance(network, torch.nn.Module): continue
-        if not network._repeated_blocks: network._repeated_blocks = network._no_split_modules
-        network.compile_repeated_blocks(fullgraph=True, dynamic=False)
+# %% ../nbs/20_speed.ipynb 14
+class Compiled:
+    "While it is entered, repeated blocks are one graph each, for each size of call."
 
-# %% ../nbs/20_speed.ipynb 15
+    def __init__(self, *networks: torch.nn.Module | None):  # what is no module is left alone
+        torch._dynamo.config.recompile_limit = 256  # all blocks and all sizes of a process together
+        modules, self.calls = [], []
+        for network in networks:
+            if not isinstance(network, torch.nn.Module): continue
+            if not network._repeated_blocks: network._repeated_blocks = network._no_split_modules
+            modules += [(module, module._compiled_call_impl) for module in network.modules()]
+            network.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        for module, before in modules:
+            if module._compiled_call_impl is not before:
+                self.calls.append((module, before, module._compiled_call_impl))
+        self.__exit__()
+
+    def __enter__(self) -> None:
+        for module, _, compiled in self.calls: module._compiled_call_impl = compiled
+
+    def __exit__(self, *error) -> None:
+        for module, before, _ in self.calls: module._compiled_call_impl = before
+
+
+def check_compiler(
+    device: torch.device,
+) -> None:
+    "`ValueError` where nothing can be compiled for it."
+    try:
+        torch.compile(torch.sin)(torch.zeros(2, device=device))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise ValueError(f"compile cannot be had on {device}: {str(error).splitlines()[0]} "
+                         "Leave it out, or install what it asks for.") from error
+
+# %% ../nbs/20_speed.ipynb 16
 def onto(
     device: torch.device,
     x: torch.Tensor,  # on the CPU

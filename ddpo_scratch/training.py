@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -77,7 +78,14 @@ from ddpo_scratch.sampling import (
     make_schedule,
     sd_sample,
 )
-from .speed import compile_blocks, measured_batch, off, onto, searching_pays
+from ddpo_scratch.speed import (
+    Compiled,
+    check_compiler,
+    measured_batch,
+    off,
+    onto,
+    searching_pays,
+)
 from .stat_tracker import PerPromptStatTracker
 
 # %% ../nbs/06_training.ipynb 6
@@ -92,9 +100,12 @@ def plain_value(
         return ",".join(map(str, value)) or None
     if name == "lora_targets" and isinstance(value, list):
         return tuple(value)
-    if name == "which_steps" and isinstance(value, (list, int)) and not isinstance(value, bool):
-        return ",".join(map(str, value if isinstance(value, list) else [value]))
-    return value.item() if isinstance(value, np.generic) else value
+    value = value.item() if isinstance(value, np.generic) else value
+    if name == "which_steps" and isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if name == "which_steps" and isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return value
 
 # %% ../nbs/06_training.ipynb 7
 @dataclass(frozen=True)
@@ -197,7 +208,7 @@ PRESETS: dict[str, DDPOConfig] = {
         num_eval_samples=512, lr=1.3e-4, batch_size=32, cfg=1.0, clip_ratio=3e-3, buffer_size=32,
         min_count=8, gradient_checkpointing=False, max_unet_batch=32),
     "sdxl": DDPOConfig(
-        pipeline="stabilityai/stable-diffusion-xl-base-1.0", img_size=1024, precision="bf16",
+        pipeline="stabilityai/stable-diffusion-xl-base-1.0", img_size=1024, precision="fp16",
         lora_rank=4, lr=3e-4, max_grad_norm=50.0, clip_advantages=5.0, sample_batch_size=2,
         max_unet_batch=4),
     "sd35": DDPOConfig(
@@ -403,6 +414,10 @@ def check_run(
     schedule = make_schedule(pipe, config.num_timesteps, config.eta, *shape[2:])
     if schedule.prediction_type == "flow": warn_of_much_noise(config.eta, schedule)
     check_precision(config.precision, pipe.device)
+    if config.compile: check_compiler(pipe.device)
+    if (given := named_steps(config.which_steps)) and not schedule.std[given].any():
+        raise ValueError(f"which_steps {config.which_steps!r}: a step without noise has no "
+                         "gradient, and none of these has noise. Take others.")
     if config.use_8bit_adam: check_installed("bitsandbytes", "use_8bit_adam")
     if config.log_with: check_installed(config.log_with, f"log_with {config.log_with}")
     if config.num_samples_per_epoch < processes().num_processes:
@@ -502,6 +517,7 @@ class TrainingState:
         same_everywhere(unet)
         self.reference = None if config.kl_coef == 0 else (
             AdapterOff(unet) if config.lora_rank else copy.deepcopy(unet).requires_grad_(False))
+        self.compiled = Compiled(unet, self.reference) if config.compile else nullcontext()
         self.optimizer = make_optimizer(self.weights, config)
         self.scaler = torch.amp.GradScaler(
             pipe.device.type, init_scale=1024.0,
@@ -561,7 +577,7 @@ def batch_gradient(
         if len(rows) == 0: continue
         part = batch[rows]
         metrics, prompts = {}, [state.now.prompts[i] for i in part]
-        with in_precision(config.precision, unet, state.reference):
+        with in_precision(config.precision, unet, state.reference), state.compiled:
             loss = compute_loss(
                 onto(device, all_step_preds[:, part]), log_probs[:, part].to(device),
                 state.now.advantages[part].to(device), config.clip_advantages, config.clip_ratio,
@@ -596,7 +612,6 @@ def train(
     (unet.enable_gradient_checkpointing if config.gradient_checkpointing
      else unet.disable_gradient_checkpointing)()
     unet.eval()  # without dropout, sampling and loss see one policy
-    if config.compile: compile_blocks(unet, state.reference)
     beside = all(has_a_place_of_its_own(fn, unet.device)
                  for fn in (reward_fn, *eval_rewards.values()))
     drawn, encoded = PromptDataset(prompt_fn, count // config.samples_per_prompt), Encoded(
@@ -618,7 +633,7 @@ def train(
                 noise = noise_sources(config.seed, TRAINING, (epoch * count + batch).tolist())
                 prompts = [now.prompts[i] for i in batch]
                 if prompts:  # of several processes, one may have a batch less
-                    with in_precision(config.precision, unet):
+                    with in_precision(config.precision, unet), state.compiled:
                         images, *walk = sample_pictures(
                             prompts, pipe, config.img_size, config.cfg, config.num_timesteps,
                             decoding_fn, pipe.device, config.eta, noise,

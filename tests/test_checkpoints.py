@@ -26,6 +26,8 @@ from ddpo_scratch.checkpoints import (
     random_states,
     save_checkpoint,
     set_random_states,
+    state_from_dict,
+    state_to_dict,
     stop_after_a_batch,
 )
 from ddpo_scratch.cli import main, parse, run_training
@@ -148,6 +150,29 @@ def test_a_run_goes_on_after_any_batch():
             for ours, theirs in zip(again.history, state.history, strict=True):
                 assert ours | {"seconds": 0} == theirs | {"seconds": 0}
 # pytest calls this test, the notebook does not: it takes ten seconds and more
+
+
+def test_a_gpus_way_to_compute_adamw_stays_where_it_was():
+    "A state from before `fused`, or from the CPU, into a fused optimiser, and back: both go on."
+    config = make_config("emoji", **SMALL)
+    def made(fused):
+        state = TrainingState(config, load_pipeline("emoji", "cpu"))
+        state.optimizer = torch.optim.AdamW(state.weights, lr=1e-3, fused=fused)
+        state.scaler = torch.amp.GradScaler("cpu")
+        return state
+    def step(state):
+        for weight in state.weights: weight.grad = torch.ones_like(weight)
+        state.scaler.scale(torch.ones(()))  # begins
+        state.scaler.unscale_(state.optimizer)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    for ours, theirs in ((None, True), (True, None)):
+        old, new = made(ours), made(theirs)
+        step(old)
+        state_from_dict(new, state_to_dict(old))
+        assert new.optimizer.param_groups[0]["fused"] is theirs
+        step(new)
+        assert {float(x["step"]) for x in new.optimizer.state.values()} == {2.0}
 
 
 def test_random_states():

@@ -6,7 +6,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import _inductor as inductor
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_scratch import speed
@@ -18,8 +20,9 @@ from ddpo_scratch.models import network_of
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.sampling import encode_prompts, sd_sample
 from ddpo_scratch.speed import (
+    Compiled,
     cheapest,
-    compile_blocks,
+    check_compiler,
     measured_batch,
     off,
     onto,
@@ -154,9 +157,12 @@ def test_compiled_blocks_compute_the_same():
     expected, told = ours(pipe, xs, log_probs, 5.0)
     torch._dynamo.reset()
     counters.clear()
-    compile_blocks(pipe.unet, None)
+    blocks = Compiled(pipe.unet, None)
+    ours(pipe, xs, log_probs, 5.0)
+    assert not counters["stats"]["unique_graphs"]  # not entered
     def compiled(**changes):
-        return ours(pipe, xs, log_probs, 5.0, max_unet_batch=32, even_calls=True, **changes)
+        with blocks:
+            return ours(pipe, xs, log_probs, 5.0, max_unet_batch=32, even_calls=True, **changes)
     for search in (False, True):
         found, metrics = compiled(skip_clipped=search)
         assert torch.cosine_similarity(found, expected, dim=0) > 0.99999
@@ -168,6 +174,37 @@ def test_compiled_blocks_compute_the_same():
         compiled(skip_clipped=True, advantages=torch.tensor(advantages))
     assert counters["stats"]["unique_graphs"] == graphs
 # pytest calls this test, the notebook does not: it takes ten seconds and more
+
+
+def test_what_is_compiled_is_so_for_a_while():
+    "Blocks inside, nothing outside or after an error; what was compiled before stays as it was."
+    pipe = load_pipeline("emoji", "cpu")
+    def compiled(): return {module for module in pipe.unet.modules() if module._compiled_call_impl}
+    blocks = Compiled(pipe.unet, None)
+    assert not compiled()
+    with pytest.raises(KeyError), blocks:
+        assert {type(block).__name__ for block in compiled()} == set(pipe.unet._repeated_blocks)
+        raise KeyError
+    assert not compiled()
+    pipe.unet.conv_in.compile()
+    theirs = pipe.unet.conv_in._compiled_call_impl
+    with Compiled(pipe.unet):
+        assert len(compiled()) > 1 and pipe.unet.conv_in._compiled_call_impl is theirs
+    assert compiled() == {pipe.unet.conv_in}
+
+
+
+
+def test_a_compiler_is_looked_for():
+    "Before a run begins, in words."
+    torch._dynamo.reset()
+    with inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), fresh_cache():
+        with pytest.raises(ValueError, match="compile cannot be had on cpu: .*Leave it out"):
+            TrainingState(make_config("emoji", compile=True), load_pipeline("emoji", "cpu"))
+    torch._dynamo.reset()
+    check_compiler(torch.device("cpu"))
+
+
 
 
 def test_calls_of_one_size():

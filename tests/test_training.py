@@ -23,6 +23,7 @@ from ddpo_scratch.training import (
     Encoded,
     TrainingState,
     batch_gradient,
+    check_run,
     equal_batches,
     evaluate,
     fresh_prompts,
@@ -401,6 +402,9 @@ def test_bad_configurations():
             make_config("emoji", **{name: value})
     with pytest.raises(ValueError, match="'blogg'. Known: blog, emoji, sd35, sdxl"):
         make_config("blogg")
+    for given in ("0,3", [0, 3], (0, 3), np.array([0, 3]).tolist()):
+        assert make_config("emoji", which_steps=given, timestep_fraction=1).which_steps == "0,3"
+    assert make_config("emoji", which_steps=np.int64(3), timestep_fraction=1).which_steps == "3"
     with pytest.raises(ValueError, match="'cats'. Known: common_animal_prompts, emoji_an"):
         make_prompt_fn("cats")
     with pytest.raises(TypeError, match="reward is a name"):
@@ -410,6 +414,14 @@ def test_bad_configurations():
     with pytest.raises(TypeError, match="not a str"):
         train(make_config("emoji"), "emoji", lambda: "a fox", redness)
     pipe = load_pipeline("emoji", "cpu")
+    levels = pipe.scheduler
+    pipe.scheduler = type(levels).from_config(levels.config, set_alpha_to_one=True)
+    def named(steps): return make_config("emoji", which_steps=steps, timestep_fraction=1)
+    with pytest.warns(UserWarning, match="no noise"), pytest.raises(
+            ValueError, match="'7'.*none of these has noise"):
+        check_run(named("7"), pipe)
+    check_run(named("6,7"), pipe)
+    pipe.scheduler = levels
     pipe.vae_scale_factor = 16
     with pytest.raises(ValueError, match="img_size must be a positive multiple of 16"):
         train(make_config("emoji", img_size=72), pipe, lambda: "a fox", redness)

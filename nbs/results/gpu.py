@@ -18,18 +18,18 @@ from ddpo_scratch.precision import in_precision
 from ddpo_scratch.prompts import imagenet_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.sampling import encode_prompts, make_schedule, step_distribution
-from ddpo_scratch.speed import compile_blocks, off, onto
+from ddpo_scratch.speed import Compiled, off, onto
 from ddpo_scratch.training import make_config, train
 
 DEVICE, FILE, rows = torch.device("cuda"), Path(__file__).with_name("gpu.csv"), []
 
 
-def note(what, variant, milliseconds, unet_rows="", first=""):
+def note(what, variant, milliseconds, unet_rows="", first="", log_ratio=""):
     "A line of the table, which is written at once: what has been measured is not lost."
     peak = torch.cuda.max_memory_allocated() / 1e9
     rows.append({"card": torch.cuda.get_device_name(), "what": what, "variant": variant,
                  "rows": unet_rows, "milliseconds": round(milliseconds, 2),
-                 "first_seconds": first, "peak_gb": round(peak, 1)})
+                 "first_seconds": first, "peak_gb": round(peak, 1), "log_ratio": log_ratio})
     print(rows[-1], flush=True)
     write_file(FILE, csv_text(rows))
 
@@ -47,7 +47,7 @@ def clock(what, variant, call, unet_rows=""):
     note(what, variant, 1000 * statistics.median(took[2:]), unet_rows, round(took[0], 1))
 
 
-def calls(variant, pipe, sampled, trained):
+def calls(variant, pipe, sampled, trained, precision="bf16"):
     "One step of some samples, sampled, and trained."
     schedule = make_schedule(pipe, 50, 1.0, 64, 64, DEVICE)
     words = encode_prompts(["a fox"], pipe, 5.0, DEVICE)
@@ -65,7 +65,7 @@ def calls(variant, pipe, sampled, trained):
             x, zeros = torch.randn(2, count, 4, 64, 64, device=DEVICE), torch.zeros(
                 count, device=DEVICE)
             several = words[[0] * count]
-            with in_precision("bf16", pipe.unet): clock(what, variant, call, 2 * count)
+            with in_precision(precision, pipe.unet): clock(what, variant, call, 2 * count)
 
 
 def epochs(variant, **changes):
@@ -79,7 +79,8 @@ def epochs(variant, **changes):
     torch.cuda.reset_peak_memory_stats()
     history = train(config, pipe, imagenet_animal_prompts, JPEGCompressibility())
     print(*history, sep="\n", flush=True)
-    note("epoch", variant, 1000 * history[1]["seconds"], "", round(history[0]["seconds"], 1))
+    note("epoch", variant, 1000 * history[1]["seconds"], "", round(history[0]["seconds"], 1),
+         f"{history[0]['max_log_ratio']:.4f}")
 
 
 def copies():
@@ -100,6 +101,7 @@ def main():
     pipe = full_size(make_config("blog", device="cuda"))
     pipe.unet.eval()
     calls("plain", pipe, (4, 16, 32), (4, 8, 16))
+    calls("fp32, as TF32", pipe, (16,), (8,), "fp32")
     for variant, fused in (("plain", None), ("fused", True)):
         optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=1e-9, fused=fused)
         clock("AdamW", variant, optimizer.step)
@@ -107,8 +109,7 @@ def main():
     pipe.unet.to(memory_format=torch.channels_last)
     calls("channels last", pipe, (16,), (16,))
     pipe.unet.to(memory_format=torch.contiguous_format)
-    compile_blocks(pipe.unet)
-    calls("compiled", pipe, (16,), (16,))
+    with Compiled(pipe.unet): calls("compiled", pipe, (16,), (16,))
     epochs("32 rows, compiled", max_unet_batch=32, compile=True)
 
 
