@@ -336,7 +336,11 @@ def main() -> None:
         rounds: epochs of each that are counted. trl: the python of an environment with TRL 0.11.4.
         out: the folder for bench.csv and sweep.csv. sweeps: measure sweep.csv instead. work: what
         shall differ from the default, JSON. worker: be a contender (for this command itself)."""
-        wanted = Work(**json.loads(work))
+        try:
+            wanted = Work(**json.loads(work))
+        except (TypeError, ValueError) as error:
+            sys.exit(f"work {work!r}: {error}. Give JSON with some of {', '.join(asdict(Work()))}.")
+        if rounds < 1: sys.exit(f"rounds must be at least 1, not {rounds}.")
         if worker: work_as(worker, wanted)
         elif sweeps: write_file(out / "sweep.csv", csv_text(sweep()))
         else:
@@ -344,7 +348,7 @@ def main() -> None:
             rows = compare(wanted, rounds, names, trl)
             write_file(out / "bench.csv", csv_text(
                 [{name: row.get(name, "") for name in COLUMNS} for row in rows]))
-    tyro.cli(bench, use_underscores=True)
+    tyro.cli(bench, prog="python -m ddpo_scratch.bench", use_underscores=True)
 
 # %% ../nbs/21_bench.ipynb 16
 if __name__ == "__main__" and "__file__" in globals(): main()

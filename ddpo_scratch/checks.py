@@ -372,7 +372,7 @@ def check_field(
     if name == "timestep_fraction" and not (number(numbers.Real, 0) and 0 < value <= 1):
         raise ValueError(f"{name} must be above 0 and at most 1 (all steps), not {value!r}.")
     if name == "which_steps" and not (
-            isinstance(value, str) and re.fullmatch(r"first|random|\d+(,\d+)*", value)):
+            isinstance(value, str) and re.fullmatch(r"first|random|[0-9]+(,[0-9]+)*", value)):
         raise ValueError(f"{name} must be 'first', 'random', or numbers with commas, 0 being the "
                          f"noisiest step, such as '0,3,6'; not {value!r}.")
     if name in ("cfg", "weight_decay", "kl_coef") and not number(numbers.Real, 0):

@@ -341,8 +341,9 @@ def plan_text(
         epoch = plan.seconds(card, config.precision)
         fits = "" if plan.memory / 1e9 + 1.5 < size else "   does not fit"
         lines.append(f"  {card:16} {duration(epoch)}  {duration(epoch * config.num_epochs)}{fits}")
+    more = " Compiled blocks take more memory than this." if config.compile else ""
     return "\n".join([*lines, "", "All this is computed, not measured. The reward is not counted, "
-                      "nor the looks before and after."])
+                      "nor the looks before and after." + more])
 
 
 def duration(seconds: float) -> str:

@@ -125,9 +125,9 @@ def check_compiler(
     "`ValueError` where nothing can be compiled for it."
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise ValueError(f"compile cannot be had on {device}: {str(error).splitlines()[0]} "
-                         "Leave it out, or install what it asks for.") from error
+    except RuntimeError as error:
+        raise ValueError(f"compile cannot be had on {device}: {str(error).splitlines()[0]}. "
+                         "Install what it asks for, or do without it.") from error
 
 # %% ../nbs/20_speed.ipynb 16
 def onto(

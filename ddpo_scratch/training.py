@@ -105,7 +105,7 @@ def plain_value(
         return str(value)
     if name == "which_steps" and isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
-    return value
+    return "".join(value.split()) if name == "which_steps" and isinstance(value, str) else value
 
 # %% ../nbs/06_training.ipynb 7
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class DDPOConfig:
     num_inner_epochs: int = 1  # passes over an epoch's samples
     num_timesteps: int = 50  # T, denoising steps of a picture
     timestep_fraction: float = 1.0  # share of the steps that is trained; 1: all
-    which_steps: str = "first"  # "first", from the noise on, "random", or numbers from 0: "0,3,6"
+    which_steps: str = "first"  # or "random", or numbers from 0: "0,3" (timestep_fraction is 1)
     num_eval_samples: int = 128  # fresh pictures that judge the model before and after training
 
     lora_rank: int = 0  # rank of the adapter that is trained in place of the UNet; 0: all weights

@@ -27,6 +27,20 @@ def test_the_command_leaves_a_table():
 # pytest calls this test, the notebook does not: it takes ten seconds and more
 
 
+def test_bad_arguments_end_in_a_line():
+    "No traceback: what was given, and what may be."
+    from unittest.mock import patch
+
+    from ddpo_scratch.bench import main
+    for flags, match in ((["--work", "nonsense"], "'nonsense'.*JSON with some of samples, steps"),
+                         (["--work", '{"sample": 3}'], "'sample'.*some of samples, steps"),
+                         (["--rounds", "0"], "at least 1, not 0")):
+        with patch.object(sys, "argv", ["bench", *flags]), pytest.raises(SystemExit, match=match):
+            main()
+
+
+
+
 class Enough(Exception):
     "Raised to leave a loop that has no end."
 

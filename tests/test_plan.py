@@ -141,6 +141,9 @@ def test_the_plan_is_printed():
     "By the command's flag; for what cannot be had, a sentence."
     assert parse(["--plan", "--preset", "blog"]).only_plan and not parse([]).only_plan
     text = plan_text(config := make_config("emoji"), make_plan(config))
+    compiled = replace(config, compile=True)
+    more = plan_text(compiled, make_plan(config)).removeprefix(text)
+    assert more == " Compiled blocks take more memory than this."
     for words in ("4.3 million numbers are trained", "decoding", "RTX 4090", "computed, not"):
         assert words in text
     assert "does not fit" not in text

@@ -391,6 +391,7 @@ BAD = (("num_epochs", 0), ("batch_size", -1), ("num_timesteps", 2.5), ("img_size
        ("min_count", 1), ("lr", 1e38), ("gradient_accumulation", 0), ("log_with", "wandbb"),
        ("save_every", 0), ("keep", 0), ("which_steps", "last"), ("which_steps", ""),
        ("which_steps", 1.5), ("which_steps", "0,0"), ("which_steps", "0,8"), ("which_steps", True),
+       ("which_steps", "٣"), ("which_steps", []),
        ("which_steps", "0,3"),  # timestep_fraction is 0.75
        ("weight_decay", float("inf")))
 
@@ -402,7 +403,7 @@ def test_bad_configurations():
             make_config("emoji", **{name: value})
     with pytest.raises(ValueError, match="'blogg'. Known: blog, emoji, sd35, sdxl"):
         make_config("blogg")
-    for given in ("0,3", [0, 3], (0, 3), np.array([0, 3]).tolist()):
+    for given in ("0,3", " 0, 3", [0, 3], (0, 3), np.array([0, 3]).tolist()):
         assert make_config("emoji", which_steps=given, timestep_fraction=1).which_steps == "0,3"
     assert make_config("emoji", which_steps=np.int64(3), timestep_fraction=1).which_steps == "3"
     with pytest.raises(ValueError, match="'cats'. Known: common_animal_prompts, emoji_an"):
