@@ -336,7 +336,8 @@ def plan_text(
              f"in the CPU's memory: {gigabytes(plan.trajectories).strip()} of trajectories", "",
              f"operations of an epoch: {many(plan.sampling)} for sampling, "
              f"{many(plan.training)} for training", "",
-             f"an epoch, and {config.num_epochs}, at {share:.0%} of a card's peak:"]
+             f"an epoch, and {config.num_epochs}, at {share:.0%} of a card's peak "
+             "(small calls reach half of it):"]
     for card, (size, _, _) in GPUS.items():
         epoch = plan.seconds(card, config.precision)
         fits = "" if plan.memory / 1e9 + 1.5 < size else "   does not fit"

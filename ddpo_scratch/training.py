@@ -105,7 +105,9 @@ def plain_value(
         return str(value)
     if name == "which_steps" and isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
-    return "".join(value.split()) if name == "which_steps" and isinstance(value, str) else value
+    if name == "which_steps" and isinstance(value, str):
+        return ",".join(step.strip() for step in value.split(","))
+    return value
 
 # %% ../nbs/06_training.ipynb 7
 @dataclass(frozen=True)

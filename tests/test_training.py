@@ -391,7 +391,7 @@ BAD = (("num_epochs", 0), ("batch_size", -1), ("num_timesteps", 2.5), ("img_size
        ("min_count", 1), ("lr", 1e38), ("gradient_accumulation", 0), ("log_with", "wandbb"),
        ("save_every", 0), ("keep", 0), ("which_steps", "last"), ("which_steps", ""),
        ("which_steps", 1.5), ("which_steps", "0,0"), ("which_steps", "0,8"), ("which_steps", True),
-       ("which_steps", "٣"), ("which_steps", []),
+       ("which_steps", "٣"), ("which_steps", []), ("which_steps", "0 3"),
        ("which_steps", "0,3"),  # timestep_fraction is 0.75
        ("weight_decay", float("inf")))
 
