@@ -101,22 +101,21 @@ class Compiled:
 
     def __init__(self, *networks: torch.nn.Module | None):  # what is no module is left alone
         torch._dynamo.config.recompile_limit = 256  # all blocks and all sizes of a process together
-        modules, self.calls = [], []
+        networks = [network for network in networks if isinstance(network, torch.nn.Module)]
+        before = {module: module._compiled_call_impl
+                  for network in networks for module in network.modules()}
         for network in networks:
-            if not isinstance(network, torch.nn.Module): continue
             if not network._repeated_blocks: network._repeated_blocks = network._no_split_modules
-            modules += [(module, module._compiled_call_impl) for module in network.modules()]
             network.compile_repeated_blocks(fullgraph=True, dynamic=False)
-        for module, before in modules:
-            if module._compiled_call_impl is not before:
-                self.calls.append((module, before, module._compiled_call_impl))
+        self.calls = [(module, old, module._compiled_call_impl) for module, old in before.items()
+                      if module._compiled_call_impl is not old]
         self.__exit__()
 
     def __enter__(self) -> None:
         for module, _, compiled in self.calls: module._compiled_call_impl = compiled
 
     def __exit__(self, *error) -> None:
-        for module, before, _ in self.calls: module._compiled_call_impl = before
+        for module, old, _ in self.calls: module._compiled_call_impl = old
 
 
 def check_compiler(

@@ -101,12 +101,10 @@ def plain_value(
     if name == "lora_targets" and isinstance(value, list):
         return tuple(value)
     value = value.item() if isinstance(value, np.generic) else value
-    if name == "which_steps" and isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if name == "which_steps" and isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    if name == "which_steps" and isinstance(value, str):
-        return ",".join(step.strip() for step in value.split(","))
+    if name == "which_steps":
+        if isinstance(value, str): value = value.split(",")
+        if isinstance(value, int) and not isinstance(value, bool): value = [value]
+        if isinstance(value, (list, tuple)): value = ",".join(str(step).strip() for step in value)
     return value
 
 # %% ../nbs/06_training.ipynb 7
@@ -127,8 +125,8 @@ class DDPOConfig:
     samples_per_prompt: int = 1  # K, pictures of each prompt in an epoch; above 1: groups
     num_inner_epochs: int = 1  # passes over an epoch's samples
     num_timesteps: int = 50  # T, denoising steps of a picture
-    timestep_fraction: float = 1.0  # share of the steps that is trained; 1: all
-    which_steps: str = "first"  # or "random", or numbers from 0: "0,3" (timestep_fraction is 1)
+    timestep_fraction: float = 1.0  # share of the steps that is trained; 1: all, or those named
+    which_steps: str = "first"  # "first", from the noise on, "random", or numbers from 0: "0,3,6"
     num_eval_samples: int = 128  # fresh pictures that judge the model before and after training
 
     lora_rank: int = 0  # rank of the adapter that is trained in place of the UNet; 0: all weights
