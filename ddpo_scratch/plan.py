@@ -198,6 +198,7 @@ class Work:
         made: Made,
     ):
         self.config, self.family, self.precision = config, made.family, "fp32"
+        self.fake, self.peaks = FakeTensorMode(), {}
         self.network, self.reference, self.vae, self.text_encoders = models(config, made)
         self.modules = [module for module in (self.network, self.vae, self.reference)
                         if isinstance(module, torch.nn.Module)]
@@ -205,6 +206,13 @@ class Work:
         self.side = config.img_size // self.factor
         self.channels = self.network.config.in_channels // self.family.packed
         self.guided = config.cfg > 1 and self.family.guides
+        with torch.device("meta"):
+            self.sampling, self.training = map(self.operations, (self.sample, self.train))
+        with self.fake:
+            for module in self.modules: move_here(module)
+            for weight in self.network.parameters():
+                if weight.requires_grad: weight.grad = torch.zeros_like(weight)
+        self.precision = config.precision
 
     def inputs(self, samples: int) -> tuple[torch.Tensor, Conditioning, Schedule]:
         "Two neighbouring latents of each sample, its prompt, and a walk of one step."
@@ -232,20 +240,36 @@ class Work:
 
     def peak(self, step, samples: int) -> int:
         "Bytes that a step of so many samples takes beside weights and gradients."
-        x, words, schedule = self.inputs(samples)
-        step(x, words, schedule)  # makes the gradients
-        known = [tensor for module in self.modules
-                 for weight in [*module.parameters(), *module.buffers()]
-                 for tensor in (weight, weight.grad) if tensor is not None]
-        with LiveBytes(*known, x, *tree_leaves(words.rows), *schedule[:6]) as live:
-            step(x, words, schedule)
-        return live.peak
+        if (step.__name__, samples) not in self.peaks:
+            with self.fake:
+                x, words, schedule = self.inputs(samples)
+                known = [tensor for module in self.modules
+                         for weight in [*module.parameters(), *module.buffers()]
+                         for tensor in (weight, weight.grad) if tensor is not None]
+                with LiveBytes(*known, x, *tree_leaves(words.rows), *schedule[:6]) as live:
+                    step(x, words, schedule)
+            self.peaks[step.__name__, samples] = live.peak
+        return self.peaks[step.__name__, samples]
 
     def operations(self, step) -> int:
         "Floating-point operations of a step of one sample."
         inputs = self.inputs(1)
         with FlopCounterMode(display=False) as counter: step(*inputs)
         return counter.get_total_flops()
+
+
+WORKS: dict[str, Work] = {}
+
+
+def work_of(
+    config: DDPOConfig,
+) -> Work:
+    "Made once for all configurations whose steps are alike, so that nothing is counted twice."
+    made, adapter = configurations(config.pipeline), (config.lora_rank, config.lora_targets)
+    key = repr((made, config.img_size, config.cfg > 1, config.precision, adapter,
+                config.gradient_checkpointing, config.kl_coef > 0))
+    if key not in WORKS: WORKS[key] = Work(config, made)
+    return WORKS[key]
 
 # %% ../nbs/15_plan.ipynb 11
 class Plan(NamedTuple):
@@ -274,9 +298,7 @@ def make_plan(
     config: DDPOConfig,
 ) -> Plan:
     "What a run with this configuration takes. Loads no weights."
-    work = Work(config, configurations(config.pipeline))
-    with torch.device("meta"):
-        sampling, training = work.operations(work.sample), work.operations(work.train)
+    work = work_of(config)
     def count(*modules, size=lambda p: 1):
         return sum(size(p) * p.numel() for module in modules for p in module.parameters())
     def size(*modules): return count(*modules, size=torch.Tensor.element_size)
@@ -288,12 +310,9 @@ def make_plan(
     at_once = part = -(-batch // config.gradient_accumulation)
     if config.max_unet_batch is not None:
         at_once = max(1, min(config.max_unet_batch // (1 + work.guided), part * steps))
-    with FakeTensorMode():
-        for module in work.modules: move_here(module)
-        work.precision = config.precision
-        peaks = {"sampling": work.peak(work.sample, at_a_time),
-                 "decoding": work.peak(work.decode, at_a_time),
-                 "training": work.peak(work.train, at_once)}
+    peaks = {"sampling": work.peak(work.sample, at_a_time),
+             "decoding": work.peak(work.decode, at_a_time),
+             "training": work.peak(work.train, at_once)}
     if config.offload:
         for phase in ("sampling", "decoding"): peaks[phase] += size(*others)
     name = "UNet" if work.family.network == "unet" else "transformer"
@@ -303,7 +322,8 @@ def make_plan(
                    for weight in work.network.parameters() if weight.requires_grad)
     return Plan(
         trained, count(work.network, *others) - trained,
-        epoch * config.num_timesteps * sampling, epoch * config.num_inner_epochs * steps * training,
+        epoch * config.num_timesteps * work.sampling,
+        epoch * config.num_inner_epochs * steps * work.training,
         {name: size(work.network), "its reference": size(*copies),
          "VAE and text encoders": 0 if config.offload else size(*others),
          "gradients": 4 * trained, "AdamW's averages": averages},

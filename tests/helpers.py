@@ -1,0 +1,148 @@
+"""What the tests share: models that are loaded once, rewards, small settings, the command."""
+import copy
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import torch
+
+from ddpo_scratch.door import main
+from ddpo_scratch.models import frozen_parts, is_flow, network_of
+from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline
+from ddpo_scratch.twins import make_twin
+
+TINY = dict(num_epochs=2, num_samples_per_epoch=7, samples_per_prompt=1, sample_batch_size=3,
+            batch_size=4, num_timesteps=3, img_size=32)
+
+
+@functools.cache
+def loaded(make, *names):
+    return make(*names)
+
+
+def a_copy(pipe):
+    "Modules and scheduler of its own; the tokenizers, which nobody changes, are shared."
+    shared = [part for name, part in pipe.components.items() if "tokenizer" in name]
+    return copy.deepcopy(pipe, {id(part): part for part in shared})
+
+
+def embedded(name="emoji"):
+    "The embedded model, as `load_pipeline` gives it to a run on the CPU."
+    return a_copy(loaded(load_pipeline, name, "cpu"))
+
+
+def made_ready(name):
+    pipe = make_twin(name)
+    if not is_flow(pipe.scheduler): pipe.scheduler = ddim_scheduler(pipe.scheduler.config)
+    for part in frozen_parts(pipe): part.requires_grad_(False)
+    return pipe
+
+
+def twin(name):
+    "Of `TWINS`, with tens of thousands of weights, as `load_pipeline` gives it to a run."
+    return a_copy(loaded(made_ready, name))
+
+
+def opened(folder):
+    "The same from a folder of the fixture `twins`."
+    return a_copy(loaded(load_pipeline, folder, "cpu"))
+
+
+def redness(images, prompts):
+    "Red minus the mean of the channels, averaged over the picture, in [-1, 1]."
+    return (images[..., 0] / 255.0 - images.mean(-1) / 255.0).mean((1, 2))
+
+
+def flat(pipe, part=lambda p: p):
+    "All weights of its network in one vector, a copy; or another `part` of each."
+    return torch.cat([part(p).detach().flatten() for p in network_of(pipe).parameters()])
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["ddpo_scratch.cli"])
+
+
+def as_the_command(flags, folder, out, err, largest, environment):
+    "What a child does: its output goes to two files."
+    os.environ.update(environment)
+    for file, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    if largest:
+        import resource
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    os.chdir(folder)
+    sys.argv = ["ddpo_train", *flags]
+    main()
+
+
+class Started:
+    "`ddpo_train` in a process of its own, forked from one that has imported everything."
+
+    def __init__(self, folder, *flags, largest=None, **environment):
+        self.room = TemporaryDirectory()
+        self.files = [f"{self.room.name}/{name}" for name in ("out", "err")]
+        self.process = FORKS.Process(target=as_the_command, args=(
+            flags, str(folder), *self.files, largest, environment))
+        self.process.start()
+
+    def until(self, condition, seconds=60):
+        "Wait for it, or for the end of the process; whether it has come."
+        end = time.monotonic() + seconds
+        while self.process.is_alive() and time.monotonic() < end:
+            if condition(): return True
+            time.sleep(0.002)
+        return False
+
+    def said(self):
+        "On stdout, until now."
+        file = Path(self.files[0])
+        return file.read_text("utf-8") if file.exists() else ""
+
+    def end(self, number=None, seconds=300):
+        "Perhaps after a signal: exit code, and what it has said on stdout and stderr."
+        if number: os.kill(self.process.pid, number)
+        self.process.join(seconds)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"ddpo_train goes on after {seconds} seconds")
+        said = [Path(file).read_text("utf-8") for file in self.files]
+        self.room.cleanup()
+        return Ended(self.process.exitcode, *said)
+
+
+class Ended(NamedTuple):
+    "As subprocess has it."
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def ddpo_train(folder, *flags, **options):
+    "The command, and its end."
+    return Started(folder, *flags, **options).end()
+
+
+def last_line(done):
+    "What the command said last, when it did not succeed; no traceback before it."
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def as_flags(settings):
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def run_card(folder, base=None):
+    "The names that a model card's code leaves: `pipe`, `picture`. An adapter's base is `base`."
+    card, found = (Path(folder) / "README.md").read_text("utf-8"), {}
+    code = card.split("```python\n")[1].split("```")[0]
+    if base: code = code.replace(f"path/to/{Path(base).name}", str(base))
+    exec(code.replace("path/to/this/folder", str(folder)), found)
+    return found
