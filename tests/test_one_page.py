@@ -9,22 +9,18 @@ import torch
 
 from ddpo_scratch.loss import compute_loss
 from ddpo_scratch.training import TRAINING, make_config, noise_sources, train
-from helpers import embedded
+from helpers import embedded, flat
 
 
 def one_page():
     "The names that the page's algorithm defines, in a namespace of their own."
-    paths = [Path(folder) / "00_one_page.ipynb" for folder in (".", "nbs")]
-    notebook = json.loads(next(path for path in paths if path.is_file()).read_text("utf-8"))
+    path = Path(__file__).parent.parent / "nbs" / "00_one_page.ipynb"
+    notebook = json.loads(path.read_text("utf-8"))
     sources = ["".join(cell["source"]) for cell in notebook["cells"]]
     algorithm, = [source for source in sources if "\ndef update(" in source]
     names = {}
     exec(algorithm, names)
     return names
-
-
-def flat(unet, part=lambda p: p):
-    return torch.cat([part(p).detach().flatten() for p in unet.parameters()])
 
 
 def test_the_page_and_the_library_have_one_gradient():
@@ -38,7 +34,7 @@ def test_the_page_and_the_library_have_one_gradient():
     gradients = []
 
     class Recorder:
-        def step(self): gradients.append(flat(page["pipe"].unet, lambda p: p.grad))
+        def step(self): gradients.append(flat(page["pipe"], lambda p: p.grad))
         def zero_grad(self): pass
 
     page["optimizer"] = Recorder()
@@ -47,7 +43,7 @@ def test_the_page_and_the_library_have_one_gradient():
     compute_loss(xs, log_probs, advantages, 10.0, page["clip"], prompts, pipe, page["steps"], 1.0,
                  1.0, "cpu", page["trained"] / page["steps"], metrics=metrics)
     torch.nn.utils.clip_grad_norm_(pipe.unet.parameters(), 1.0)
-    ours = flat(pipe.unet, lambda p: p.grad)
+    ours = flat(pipe, lambda p: p.grad)
     assert (gradients[0] - ours).norm() < 1e-3 * ours.norm() and 0 < metrics["clip_fraction"] < 1
 
 
@@ -55,7 +51,7 @@ def test_the_page_and_the_library_have_one_epoch():
     "Same prompts, noise, rewards and order of batches: the same mean reward, the same weights."
     page, pipe = one_page(), embedded()
     page.update(samples=24, batch_size=8)
-    start = flat(pipe.unet).clone()
+    start = flat(pipe).clone()
     config = make_config(
         "emoji", num_epochs=1, num_samples_per_epoch=page["samples"], samples_per_prompt=1,
         sample_batch_size=page["samples"], batch_size=page["batch_size"], min_count=page["samples"],
@@ -74,5 +70,5 @@ def test_the_page_and_the_library_have_one_epoch():
     random.seed(config.seed)
     reward = page["epoch"]()
     assert abs(reward - row["reward_mean"]) < 1e-2 * row["reward_std"]
-    ours, theirs = flat(pipe.unet) - start, flat(page["pipe"].unet) - start
+    ours, theirs = flat(pipe) - start, flat(page["pipe"]) - start
     assert ours.norm() > 0 and (ours - theirs).norm() < 0.05 * ours.norm()

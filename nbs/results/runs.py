@@ -1,21 +1,30 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
-All but `right`, `samplers` and `flow` train; beside this file they leave a table, a line for each
-look at fresh pictures on the way, and for chapter 9 a strip of pictures. `right` and `samplers`
-look at what `ddpo_train --seed N --name seedN` has left in runs/seed0, runs/seed1 and runs/seed2,
-whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `flow` at what `ddpo_train --pipeline
-emoji_flow --eta 0.7 --seed N --name flowN` has left in runs/flow0 and runs/flow1. The committed
-pictures were reduced to 256 colours afterwards.
+All but `right`, `samplers`, `flow`, `guidance` and `named` train; beside this file they leave a
+table, a line for each look at fresh pictures on the way, and for chapter 9 a strip of pictures.
+`right` and `samplers` look at what `ddpo_train --seed N --name seedN` has left in runs/seed0,
+runs/seed1 and runs/seed2, whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `flow` at
+what `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN` has left in runs/flow0 and
+runs/flow1. The committed pictures were reduced to 256 colours afterwards.
 """
 import argparse
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
 from ddpo_scratch.cli import csv_text, plain_reward, png_bytes, progress_strip, write_file
+from ddpo_scratch.emoji_model import named_right
 from ddpo_scratch.pipelines import load_pipeline
+from ddpo_scratch.prompts import PromptDataset, emoji_common_animal_prompts
 from ddpo_scratch.rewards import (
     JPEGCompressibility,
     WeightedSum,
@@ -24,6 +33,7 @@ from ddpo_scratch.rewards import (
     make_reward,
     share_right,
 )
+from ddpo_scratch.sampling import decoding_fn, sd_sample
 from ddpo_scratch.training import (
     EVALUATION,
     evaluate,
@@ -228,8 +238,65 @@ def flow():
     return rows
 
 
+def names_of_cell(
+    notebook: str,
+    part: str,  # of the one cell that is meant
+) -> dict:
+    "What a chapter's cell defines: its code is there, and is not repeated here."
+    cells = json.loads((HERE.parent / notebook).read_text("utf-8"))["cells"]
+    source, = [code for cell in cells if part in (code := "".join(cell["source"]))]
+    names = {}
+    exec(source, names)
+    return names
+
+
+def guidance():
+    "Guidance towards the classifier in place of training, and sampling without it; chapter 7."
+    names, rows = names_of_cell("07_results.ipynb", "def guided("), []
+    random.seed(0)
+    prompts = list(PromptDataset(emoji_common_animal_prompts, 128))
+    for strength in ("none", 0.0, 0.3, 1.0, 3.0, 10.0):
+        generator, start = torch.Generator().manual_seed(0), time.perf_counter()
+        def draw(batch):
+            if strength != "none": return names["guided"](batch, strength, generator)
+            latents, *_ = sd_sample(batch, names["pipe"], 64, 64, 1.0, 8, 1.0, "cpu", generator)
+            return decoding_fn(latents, names["pipe"])
+        images = np.concatenate([draw(prompts[i:i + 32]) for i in range(0, 128, 32)])
+        seconds = time.perf_counter() - start
+        rows.append({
+            "strength": strength, "right": round(share_right(images, prompts, judge), 4),
+            "classifier": round(share_right(images, prompts, classifier), 4),
+            "milliseconds": round(1000 * seconds / len(prompts), 1)})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def named():
+    "Three pictures of every animal, guided, in 50 steps: the share that is right; chapter 10."
+    return [{"right": round(named_right(load_pipeline("emoji", "cpu"), judge), 4)}]
+
+
+PROCESSES = ("--num_epochs 3 --num_samples_per_epoch 11 --samples_per_prompt 1 --batch_size 5 "
+             "--sample_batch_size 4 --num_timesteps 4 --num_eval_samples 9 --lr 1e-3 "
+             "--reward jpeg_compressibility --name x")
+
+
+def processes():
+    "The same run by one process and by two, each with one thread; chapter 14."
+    launch, rows = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"], []
+    for count in ("1", "2"):
+        with TemporaryDirectory() as folder:
+            subprocess.run([*launch, count, "-m", "ddpo_scratch", *PROCESSES.split()], cwd=folder,
+                           check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            rows += [{"processes": count} | {name: row[name] for name in (
+                "epoch", "reward_mean", "grad_norm")} for row in csv.DictReader(
+                    (Path(folder) / "runs" / "x" / "metrics.csv").open())]
+    return rows
+
+
 TABLES = {function.__name__: function for function in (
-    groups, reinforce, steps, gamed, incompressible, right, samplers, flow)}
+    groups, reinforce, steps, gamed, incompressible, right, samplers, flow, guidance, named,
+    processes)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
