@@ -315,7 +315,7 @@ def test_an_adapter_is_left_instead_of_the_pipeline(model, twins):
 
 def test_logs():
     "What TensorBoard and an offline Weights & Biases have been told is what metrics.csv says."
-    config = make_config("emoji", **SMALL, eval_rewards=None)
+    config = make_config("emoji", **SMALL | dict(num_eval_samples=3), eval_rewards=None)
     def run(folder, kind):
         run_training(replace(config, log_with=kind), twin("sd2"),
                      emoji_animal_prompts, JPEGCompressibility(), folder)
