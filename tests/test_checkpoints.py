@@ -36,7 +36,7 @@ from helpers import Started, as_flags, ddpo_train, flat, opened, twin
 
 SMALL = dict(num_epochs=4, num_samples_per_epoch=4, samples_per_prompt=2, num_eval_samples=2,
              sample_batch_size=2, batch_size=2, num_timesteps=2, save_every=1, img_size=32,
-             eval_rewards=None)
+             eval_rewards=None, buffer_size=8, min_count=2)  # so that what the tracker knows counts
 
 
 def numbers(folder):
@@ -88,7 +88,7 @@ def trained(config, stop_after=None, checkpoint=None):
     def on_batch():
         done.append(1)
         if len(done) == stop_after: raise Stopped("SIGTERM")
-    def drawn():  # with all three generators; two prompts, so that what the tracker knows counts
+    def drawn():  # with all three generators; two prompts, so that each comes again
         number = random.randrange(9) + np.random.randint(9) + torch.randint(9, (1,)).item()
         return ("a fox", "an owl")[number % 2]
     try:

@@ -74,7 +74,7 @@ def test_the_gradient_in_bf16_points_the_right_way():
 
 def test_training_in_half_precision():
     "bf16, fp16, an adapter over a base in bf16: that arithmetic, and float32 weights, which move."
-    half, full = torch.bfloat16, torch.float32
+    half, full, norms = torch.bfloat16, torch.float32, {}
     for precision, base, rank, seen in (("bf16", full, 0, half), ("fp16", full, 0, torch.float16),
                                         ("bf16", half, 2, half), ("fp32", half, 2, half)):
         pipe, arithmetic, scalers = twin("sd2"), set(), []
@@ -95,6 +95,8 @@ def test_training_in_half_precision():
                    for name, p in weights.items())
         assert row["skipped"] <= (precision == "fp16")  # whose scaler may begin too large
         assert all(map(math.isfinite, row.values())) and 0 < row["grad_norm"]
+        norms[precision, rank] = row["grad_norm"]
+    assert 0.5 < norms["fp16", 0] / norms["bf16", 0] < 2  # the scaler's factor is gone
 
 
 def test_noise_above_the_clip_is_told():
