@@ -1,12 +1,16 @@
 """How the tests are run: in several processes with a thread each, the slow ones when asked for."""
 import os
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in children
 os.environ.setdefault("MPLBACKEND", "Agg")
+HERE = Path(__file__).resolve().parent
+os.environ["PYTHONPATH"] = os.pathsep.join(  # children test this checkout, wherever they start
+    [str(HERE.parent), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 import pytest
 
-WHY = "slow; `pytest --slow` runs it, too"
+WHY = "slow: add --slow to run it"
 
 
 def pytest_addoption(parser):
@@ -22,7 +26,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_terminal_summary(terminalreporter):
     "Says what was left out."
     left = sum(WHY in str(report.longrepr) for report in terminalreporter.stats.get("skipped", []))
-    if left: terminalreporter.write_line(f"{left} slow tests were left out: `pytest --slow`.")
+    if left: terminalreporter.write_line(f"Slow tests left out: {left}. `pytest --slow` adds them.")
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,9 @@ def loaded(make, *names):
 
 
 def a_copy(pipe):
-    "Modules and scheduler of its own; the tokenizers, which nobody changes, are shared."
+    """Modules and scheduler of its own; the tokenizers are shared, for to copy them takes longest.
+
+    A test that changes a tokenizer, or counts what is said of it, loads its own."""
     shared = [part for name, part in pipe.components.items() if "tokenizer" in name]
     return copy.deepcopy(pipe, {id(part): part for part in shared})
 
@@ -64,8 +66,12 @@ def flat(pipe, part=lambda p: p):
     return torch.cat([part(p).detach().flatten() for p in network_of(pipe).parameters()])
 
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["ddpo_scratch.cli"])
+@functools.cache
+def forks():
+    "Makes processes from one that has imported everything; on Windows, from nothing."
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    if os.name == "posix": context.set_forkserver_preload(["ddpo_scratch.cli"])
+    return context
 
 
 def as_the_command(flags, folder, out, err, largest, environment):
@@ -88,7 +94,7 @@ class Started:
     def __init__(self, folder, *flags, largest=None, **environment):
         self.room = TemporaryDirectory()
         self.files = [f"{self.room.name}/{name}" for name in ("out", "err")]
-        self.process = FORKS.Process(target=as_the_command, args=(
+        self.process = forks().Process(target=as_the_command, daemon=True, args=(
             flags, str(folder), *self.files, largest, environment))
         self.process.start()
 
@@ -107,7 +113,7 @@ class Started:
 
     def end(self, number=None, seconds=300):
         "Perhaps after a signal: exit code, and what it has said on stdout and stderr."
-        if number: os.kill(self.process.pid, number)
+        if number and self.process.is_alive(): os.kill(self.process.pid, number)
         self.process.join(seconds)
         if self.process.exitcode is None:
             self.process.kill()

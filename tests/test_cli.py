@@ -52,7 +52,7 @@ from ddpo_scratch.training import (
 )
 from helpers import Started, as_flags, ddpo_train, embedded, flat, last_line, opened, run_card, twin
 
-SMALL = dict(num_epochs=2, num_samples_per_epoch=4, samples_per_prompt=1, num_eval_samples=2,
+SMALL = dict(num_epochs=2, num_samples_per_epoch=5, samples_per_prompt=1, num_eval_samples=2,
              sample_batch_size=4, batch_size=2, num_timesteps=2, img_size=32)
 
 
@@ -92,7 +92,10 @@ def test_the_command_leaves_a_whole_run(model, twins):
     settings = SMALL | dict(pipeline=twins.get(model, model), img_size=32 if model in twins else 64)
     flags = as_flags(settings)
     with TemporaryDirectory() as folder:
-        done = ddpo_train(folder, *flags, "--name", "first", "--seed", "3")
+        name = ["--name", "first", "--seed", "3"]
+        done = ddpo_train(folder, *flags, *name) if model in twins else subprocess.run(
+            [sys.executable, "-m", "ddpo_scratch", *flags, *name], cwd=folder,
+            capture_output=True, text=True)  # from beginning to end, as a user has it
         assert done.returncode == 0, done.stderr
         line = r"^epoch +\d +reward +-?[\d.]+ ± [\d.]+ +loss [+-][\d.]+ +[\d.]+ s$"
         assert len(re.findall(line, done.stdout, re.M)) == 2, done.stdout

@@ -90,7 +90,9 @@ def tiny_run(**changes):
 
 
 @pytest.mark.parametrize("name, lora_rank", [
-    *((name, 0) for name in ("sd2", "sdxl", "sd3", "flux-dev")), *((name, 4) for name in TWINS)])
+    *((name, 0) for name in ("sd2", "sdxl", "sd3", "flux-dev")), *((name, 4) for name in TWINS),
+    pytest.param("sd3-without-t5", 0, marks=pytest.mark.slow),
+    pytest.param("flux-schnell", 0, marks=pytest.mark.slow)])
 def test_training_saving_and_opening_again(name, lora_rank, twins):
     "Ratio 1 at first; what is frozen stays; plain diffusers opens the result and draws the same."
     pipe = opened(twins[name])

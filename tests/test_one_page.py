@@ -5,6 +5,7 @@ import json
 import random
 from pathlib import Path
 
+import pytest
 import torch
 
 from ddpo_scratch.loss import compute_loss
@@ -47,10 +48,12 @@ def test_the_page_and_the_library_have_one_gradient():
     assert (gradients[0] - ours).norm() < 1e-3 * ours.norm() and 0 < metrics["clip_fraction"] < 1
 
 
-def test_the_page_and_the_library_have_one_epoch():
+@pytest.mark.parametrize("sizes", (
+    dict(samples=24, batch_size=8), pytest.param({}, marks=pytest.mark.slow)))
+def test_the_page_and_the_library_have_one_epoch(sizes):
     "Same prompts, noise, rewards and order of batches: the same mean reward, the same weights."
     page, pipe = one_page(), embedded()
-    page.update(samples=24, batch_size=8)
+    page.update(sizes)  # none: the page's own
     start = flat(pipe).clone()
     config = make_config(
         "emoji", num_epochs=1, num_samples_per_epoch=page["samples"], samples_per_prompt=1,

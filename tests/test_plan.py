@@ -3,6 +3,7 @@ import gc
 import subprocess
 import sys
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -46,7 +47,8 @@ def measured_peak(config):
 def test_the_planned_memory_is_the_measured_one():
     "Within a fifth, with and without guidance, checkpointing, LoRA and a reference."
     small = dict(num_epochs=2, num_timesteps=2, num_samples_per_epoch=32)
-    for changes in (dict(), dict(cfg=5.0, gradient_checkpointing=True), dict(lora_rank=4),
+    for changes in (dict(), dict(cfg=5.0), dict(cfg=5.0, gradient_checkpointing=True),
+                    dict(lora_rank=4), dict(kl_coef=0.1),
                     dict(kl_coef=0.1, gradient_accumulation=4)):
         config = make_config("emoji", **small | changes)
         plan = make_plan(config)
@@ -123,6 +125,19 @@ def test_every_family_can_be_planned(name, twins):
     assert plan.trained == sum(p.numel() for p in network_of(pipe).parameters())
     assert plan.frozen == sum(p.numel() for part in frozen_parts(pipe) for p in part.parameters())
     assert plan.sampling > 0 and min(plan.peaks.values()) > 0
+
+
+@pytest.mark.slow
+def test_a_plan_is_the_same_whatever_was_planned_before(twins):
+    "What is remembered is asked for by all that it depends on."
+    some = dict(pipeline=twins["sd2"], img_size=32, cfg=1.0, gradient_checkpointing=False,
+                num_timesteps=2, num_samples_per_epoch=4)
+    for changes in (dict(), dict(img_size=64), dict(cfg=3.0), dict(precision="bf16"),
+                    dict(lora_rank=2), dict(gradient_checkpointing=True), dict(kl_coef=0.1)):
+        config = make_config("blog", **some | changes)
+        after_others = make_plan(config)
+        with patch.dict("ddpo_scratch.plan.WORKS", clear=True):
+            assert make_plan(config) == after_others, changes
 
 
 def test_the_embedded_flow_model_can_be_planned():

@@ -3,13 +3,15 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 
 from ddpo_scratch.processes import from_the_first, gathered, my_part, processes, sum_gradients
 from ddpo_scratch.training import TrainingState, evaluate, make_config, train
-from helpers import FORKS, Started, as_flags, opened
+from helpers import Started, as_flags, forks, opened
 
 
 def ranks(count):
@@ -22,31 +24,38 @@ def ranks(count):
             for rank in range(count)]
 
 
-def with_rank(environment, function, *args):
-    "What a child does."
+def with_rank(environment, errors, function, *args):
+    "What a child does; its stderr goes to a file."
     os.environ.update(environment)
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     function(*args)
 
 
 def launch(count, function, *args):
-    "The function in so many processes, forked from one that has imported everything; exit codes."
-    children = [FORKS.Process(target=with_rank, args=(environment, function, *args))
-                for environment in ranks(count)]
-    for child in children: child.start()
-    for child in children: child.join(300)
-    return [child.exitcode for child in children]
+    "The function in so many processes: exit codes, and what they said on stderr."
+    with TemporaryDirectory() as room:
+        files = [Path(room) / str(rank) for rank in range(count)]
+        children = [forks().Process(target=with_rank, daemon=True,
+                                    args=(environment, str(file), function, *args))
+                    for environment, file in zip(ranks(count), files)]
+        for child in children: child.start()
+        for child in children:
+            child.join(300)
+            child.kill()
+        return [child.exitcode for child in children], [file.read_text("utf-8") for file in files]
 
 
 def brightness(images, prompts):
     return images.reshape(len(images), -1).mean(1)
 
 
-def run(twin, lora_rank):
+def run(source, lora_rank):
     config = make_config(
         "emoji", num_epochs=3, num_samples_per_epoch=11, samples_per_prompt=1, batch_size=5,
         sample_batch_size=4, num_timesteps=4, lr=1e-3, kl_coef=0.01, gradient_accumulation=2,
-        img_size=32, lora_rank=lora_rank, which_steps="random" if lora_rank else "first")
-    pipe, names, seen = opened(twin).to(torch.float64), iter(range(1000)), []
+        img_size=64 if source == "emoji" else 32, lora_rank=lora_rank,
+        which_steps="random" if lora_rank else "first")
+    pipe, names, seen = opened(source).to(torch.float64), iter(range(1000)), []
     state = TrainingState(config, pipe)
     def on_batch():
         if state.now.advantages is not None: seen.append(state.now.advantages.clone())
@@ -57,17 +66,20 @@ def run(twin, lora_rank):
     return history, seen, weights, rewards, torch.from_numpy(images)
 
 
-def runs(twin, folder):
+def runs(source, folder):
     "All weights, then LoRA."
     place = f"{folder}/{processes().num_processes}-{processes().process_index}.pt"
-    torch.save([run(twin, 0), run(twin, 2)], place)
+    torch.save([run(source, 0), run(source, 2)], place)
 
 
-def test_the_number_of_processes_does_not_show(twins, tmp_path):
+@pytest.mark.parametrize("model", ("sdxl", pytest.param("emoji", marks=pytest.mark.slow)))
+def test_the_number_of_processes_does_not_show(model, twins, tmp_path):
     """Rewards, advantages, weights, evaluation: one process and two, uneven shares; LoRA too.
 
     In float64 the order of sums does not show, so the two have to agree, the weights to 0.0001."""
-    for count in (1, 2): assert launch(count, runs, twins["sdxl"], str(tmp_path)) == [0] * count
+    for count in (1, 2):
+        codes, said = launch(count, runs, twins.get(model, model), str(tmp_path))
+        assert codes == [0] * count, said
     results = [torch.load(tmp_path / f"{name}.pt", weights_only=True)
                for name in ("1-0", "2-0", "2-1")]
     for one, first, second in zip(*results):  # all weights, then LoRA
@@ -84,11 +96,14 @@ def test_the_number_of_processes_does_not_show(twins, tmp_path):
         assert one[0][0]["clip_fraction"] > 0 and one[0][-1]["ref_kl"] > 0
 
 
+FEW = dict(num_epochs=2, num_samples_per_epoch=6, samples_per_prompt=1, batch_size=4,
+           num_timesteps=2, num_eval_samples=5, img_size=32)
+
+
 def test_one_command_leaves_one_folder(twins, tmp_path):
     "Of two processes, written by one; a single one may go on with it."
-    settings = dict(num_epochs=2, num_samples_per_epoch=6, samples_per_prompt=1, batch_size=4,
-                    num_timesteps=2, num_eval_samples=5, img_size=32, pipeline=twins["sd2"])
-    started = [Started(tmp_path, *as_flags(settings), **environment) for environment in ranks(2)]
+    flags = as_flags(FEW | dict(pipeline=twins["sd2"]))
+    started = [Started(tmp_path, *flags, **environment) for environment in ranks(2)]
     first, second = [process.end() for process in started]
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     assert first.stdout.count("epoch   2") == 1 and first.stdout.count("fresh pictures") == 1
@@ -113,18 +128,28 @@ def fails():
 
 def test_a_process_that_dies_ends_the_run():
     "On all: the others do not wait for it."
-    assert launch(2, fails) == [1, 1]
+    codes, (first, second) = launch(2, fails)
+    assert codes == [1, 1] and "RuntimeError: the ink has run out" in second
+    assert "ink" not in first and "gather_object" in first, first  # it was waiting for the other
 
 
 @pytest.mark.slow
-def test_a_launcher_ends_the_run_of_a_process_that_dies(tmp_path):
-    "PyTorch's own, with the error of the process that has died."
-    script = tmp_path / "script.py"
-    script.write_text(FAILING)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)],
-        capture_output=True, text=True, timeout=300)
+def test_pytorchs_own_launcher(twins, tmp_path):
+    "The error of a process that has died; a whole run of two, and one that goes on with it."
+    def launched(count, *command):
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", *command],
+            capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    (tmp_path / "script.py").write_text(FAILING)
+    done = launched(2, "script.py")
     assert done.returncode != 0 and "RuntimeError: the ink has run out" in done.stderr
+    done = launched(2, "-m", "ddpo_scratch", *as_flags(FEW | dict(pipeline=twins["sd2"])))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch   2") == 1 and done.stdout.count("fresh pictures") == 1
+    folder, = (tmp_path / "runs").iterdir()
+    assert folder.name == "sd2-animal-1" and not (folder / "UNFINISHED.txt").exists()
+    grown = launched(1, "-m", "ddpo_scratch", "--resume", str(folder), "--num_epochs", "3")
+    assert grown.returncode == 0 and "epoch   3" in grown.stdout, grown.stderr
 
 
 def test_alone():

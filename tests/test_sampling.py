@@ -11,6 +11,7 @@ from torch.distributions import Normal
 
 from ddpo_scratch.checks import check_finite
 from ddpo_scratch.models import Conditioning
+from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.sampling import (
     calculate_log_probs,
     ddim_schedule,
@@ -219,7 +220,7 @@ def test_guidance_costs_a_second_half_only_when_it_is_on():
 
 def test_long_prompts_are_told_once():
     "One short warning for each tokenizer, none from the libraries; prompts are cut where it says."
-    long, told, logged = "a fox " * 60, embedded(), []
+    long, told, logged = "a fox " * 60, load_pipeline("emoji", "cpu"), []
     handler = logging.Handler()
     handler.emit = logged.append
     loggers = [logging.getLogger(name) for name in (

@@ -21,8 +21,8 @@ from matplotlib.cbook import get_sample_data
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
+from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.scorers import CLIPScore, PickScore, VisionJudge, number_in
-from helpers import embedded
 
 PROMPTS = ["a fox", "an owl", "a picture of a cat"]
 
@@ -66,7 +66,7 @@ def test_clip_score_for_any_model():
 
 def test_pick_score():
     "A small `CLIPModel` with its processor, loaded from folders, against its own logits."
-    tokenizer = embedded().tokenizer
+    tokenizer = load_pipeline("emoji", "cpu").tokenizer  # which it changes
     tower = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(projection_dim=16, vision_config=dict(

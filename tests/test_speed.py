@@ -68,8 +68,8 @@ def ours(pipe, xs, log_probs, guidance, advantages=ADVANTAGES, **changes):
 
 @pytest.mark.parametrize("name, guidance, rank", (
     ("sdxl", 5.0, 0), ("sd2", 1.0, 0), ("sdxl", 5.0, 4),
-    pytest.param("emoji", 5.0, 0, marks=pytest.mark.slow),
-    pytest.param("emoji_flow", 3.0, 0, marks=pytest.mark.slow)))
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("emoji", 5.0, 0), ("emoji", 1.0, 0), ("emoji", 5.0, 4), ("emoji_flow", 3.0, 0)))))
 def test_the_plain_loops_gradient(name, guidance, rank):
     "Whatever the calls, with the search and without: direction and length, and what is measured."
     pipe, xs, log_probs = moved(name, guidance, rank)
