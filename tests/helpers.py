@@ -27,9 +27,9 @@ def loaded(make, *names):
 
 
 def a_copy(pipe):
-    """Modules and scheduler of its own; the tokenizers are shared, for to copy them takes longest.
+    """Modules and scheduler of its own; the tokenizers are shared, because copying them is slow.
 
-    A test that changes a tokenizer, or counts what is said of it, loads its own."""
+    A test that changes a tokenizer, or counts the warnings about it, loads its own."""
     shared = [part for name, part in pipe.components.items() if "tokenizer" in name]
     return copy.deepcopy(pipe, {id(part): part for part in shared})
 
@@ -40,6 +40,7 @@ def embedded(name="emoji"):
 
 
 def made_ready(name):
+    "A new twin, with what `load_pipeline` changes in a pipeline."
     pipe = make_twin(name)
     if not is_flow(pipe.scheduler): pipe.scheduler = ddim_scheduler(pipe.scheduler.config)
     for part in frozen_parts(pipe): part.requires_grad_(False)
@@ -142,6 +143,7 @@ def last_line(done):
 
 
 def as_flags(settings):
+    "Settings as the command takes them."
     return [f"--{name}={value}" for name, value in settings.items()]
 
 

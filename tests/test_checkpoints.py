@@ -227,8 +227,7 @@ def test_what_people_do_to_a_run():
     def prompt_fn(): return np.random.choice(["a fox", "an owl"])  # NumPy has its own strings
     def run(resume=True, pipe=None, **changes):
         config = make_config("emoji", **SMALL | dict(num_epochs=2, lr=1e-3) | changes)
-        run_training(config, pipe or twin("sd2"), prompt_fn, reward_fn, place,
-                     resume)
+        run_training(config, pipe or twin("sd2"), prompt_fn, reward_fn, place, resume)
     def refused(match, **arguments):
         with pytest.raises(ValueError, match=match): run(**arguments)
     with TemporaryDirectory() as runs:

@@ -3,6 +3,7 @@
 Each leaves a table beside this file. All but `right`, `samplers`, `flow`, `guidance`, `named` and
 `processes` train and have a line for each look at fresh pictures on the way, and for chapter 9 a
 strip of pictures.
+
 `right` and `samplers` look at what `ddpo_train --seed N --name seedN` has left in runs/seed0,
 runs/seed1 and runs/seed2, whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `flow` at
 what `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN` has left in runs/flow0 and
