@@ -123,8 +123,8 @@ def state_to_dict(
     return {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
             "stats": {prompt: list(queue) for prompt, queue in state.tracker.stats.items()},
             "in_a_row": state.skipped.in_a_row, "shuffler": state.shuffler.get_state(),
-            "unet_batch": state.unet_batch,
-            "random": random_states(), "history": state.history, "now": now}
+            "unet_batch": state.unet_batch, "units": state.units, "random": state.random,
+            "around": random_states(), "history": state.history, "now": now}
 
 
 def state_from_dict(
@@ -141,10 +141,10 @@ def state_from_dict(
     state.skipped.in_a_row = saved["in_a_row"]
     state.unet_batch = state.unet_batch or saved.get("unet_batch")  # older ones have none
     state.shuffler.set_state(saved["shuffler"])
-    state.history = saved["history"]
+    state.units, state.random, state.history = saved["units"], saved["random"], saved["history"]
     for name, value in saved["now"].items(): setattr(state.now, name, value)
     if sampling_is_shared(state): state.now.samples = []
-    set_random_states(saved["random"])
+    set_random_states(saved["around"])
 
 
 def sampling_is_shared(

@@ -513,7 +513,6 @@ def first_look(
     save_pictures(folder / "before.png", prompts, images, before["reward"])
     return {"prompts": prompts, "before": before, "looks": {},
             "plain": plain_reward(config, pipe, prompts, reward_fn),
-            "units": reward_fn.units if isinstance(reward_fn, WeightedSum) else {},
             "config": asdict(config), "id": secrets.token_hex(4)}
 
 
@@ -697,7 +696,6 @@ def run_training(
             run = load_checkpoint(checkpoint, pipe, state)
             check_unchanged(config, DDPOConfig(**run["config"]), folder)
             run["config"] = asdict(config)
-            if isinstance(reward_fn, WeightedSum): reward_fn.units = run["units"]
             say(f"going on from {checkpoint}")
         progress = Progress(config, pipe, run["prompts"], folder, run["looks"])
         if not run["looks"]: progress.look("before")

@@ -8,7 +8,7 @@ __all__ = ['Conditioning', 'network_of']
 # %% ../nbs/18_models.ipynb 3
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 
 import numpy as np
 import torch
@@ -290,7 +290,6 @@ def shift_of(
     return least + (most - least) / (high - low) * (patches - low)
 
 # %% ../nbs/18_models.ipynb 26
-@lru_cache(maxsize=16)
 def flow_tables(
     scheduler: SchedulerMixin,           # a flow model's; its noise levels are taken as they are
     num_inference_steps: int,            # T

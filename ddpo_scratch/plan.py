@@ -236,7 +236,8 @@ class Work:
             part.loss.sum().backward()
 
     def decode(self, x, words, schedule) -> None:
-        with torch.no_grad(): self.vae.decode(x[0, :pictures_at_once(self.config.img_size)])
+        at_once = pictures_at_once(self.config.img_size, self.config.img_size)
+        with torch.no_grad(): self.vae.decode(x[0, :at_once])
 
     def peak(self, step, samples: int) -> int:
         "Bytes that a step of so many samples takes beside weights and gradients."

@@ -466,8 +466,9 @@ class WeightedSum:
     def total(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         "The weighted sum of what `parts` gave, [B]; means and deviations are taken the first time."
         if not self.units:
-            self.units = {name: origin_and_unit(rewards.numpy()) if self.scaled else (0.0, 1.0)
-                          for name, rewards in parts.items()}
+            self.units.update({
+                name: origin_and_unit(rewards.numpy()) if self.scaled else (0.0, 1.0)
+                for name, rewards in parts.items()})
         counted = [self.weights[name] * (rewards - self.units[name][0]) / self.units[name][1]
                    for name, rewards in parts.items()]
         return torch.stack(counted).sum(0)

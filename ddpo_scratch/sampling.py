@@ -10,9 +10,7 @@ __all__ = ['predict_noise', 'encode_prompts', 'decoding_fn', 'Schedule', 'ddim_s
 import logging
 import math
 import warnings
-from collections.abc import Callable
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -107,10 +105,11 @@ def encode_prompts(
 
 # %% ../nbs/02_sampling.ipynb 17
 def pictures_at_once(
-    side: int,  # of a picture, pixels
-) -> int:       # at least one
+    height: int,  # of a picture, pixels
+    width: int,
+) -> int:         # at least one
     "How many pictures make a megapixel."
-    return max(1, 2**20 // side**2)
+    return max(1, 2**20 // (height * width))
 
 # %% ../nbs/02_sampling.ipynb 18
 @torch.no_grad()
@@ -124,7 +123,8 @@ def decoding_fn(
     device, so that one byte a value is copied instead of four."""
     latents = latents.to(pipe.vae.device, pipe.vae.dtype) / pipe.vae.config.scaling_factor
     latents = latents + (pipe.vae.config.get("shift_factor") or 0)
-    parts = latents.split(pictures_at_once(latents.shape[-1] * pipe.vae_scale_factor))
+    height, width = (pipe.vae_scale_factor * side for side in latents.shape[-2:])
+    parts = latents.split(pictures_at_once(height, width))
     images = torch.cat([pipe.vae.decode(part).sample for part in parts]).float()
     finite = images.isfinite().flatten(1).all(1)
     images = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
@@ -164,13 +164,12 @@ def walk_timesteps(
     return n
 
 # %% ../nbs/02_sampling.ipynb 31
-@lru_cache(maxsize=16)
 def ddim_schedule(
     scheduler: DDIMScheduler,  # its configuration is taken as it is
     num_inference_steps: int,  # T, 1 … the scheduler's training steps
     eta: float,                # η > 0; 1 adds as much noise as DDPM
 ) -> Schedule:                 # float32, on the CPU
-    "The tables of T DDIM steps (Song et al. 2020, eq. 12 and 16), made once for each scheduler."
+    "The tables of T DDIM steps (Song et al. 2020, eq. 12 and 16)."
     n = walk_timesteps(scheduler, num_inference_steps)
     alpha = scheduler.alphas_cumprod.cpu().double()[n]
     alpha_next = torch.cat([alpha[1:], scheduler.final_alpha_cumprod.cpu().double().view(1)])
@@ -199,16 +198,6 @@ def flow_schedule(
     timesteps, *tables = flow_tables(*arguments)
     return Schedule(timesteps, *(x.float() for x in tables), "flow", None)
 
-
-@lru_cache(maxsize=16)
-def schedule_on(
-    device: str | torch.device,
-    make: Callable,  # `ddim_schedule` or `flow_schedule`
-    *arguments,      # of that
-) -> Schedule:
-    "Made once, and copied to the device once."
-    return make(*arguments).to(device)
-
 # %% ../nbs/02_sampling.ipynb 33
 def make_schedule(
     pipe: DiffusionPipeline,
@@ -220,11 +209,11 @@ def make_schedule(
 ) -> Schedule:                 # float32, on that device
     "The tables of the pipeline's walk: DDIM's, or those of a flow model."
     if isinstance(pipe.scheduler, DDIMScheduler):
-        return schedule_on(device, ddim_schedule, pipe.scheduler, num_inference_steps, eta)
+        return ddim_schedule(pipe.scheduler, num_inference_steps, eta).to(device)
     family, steps = family_of(pipe), num_inference_steps
     sigmas = None if pipe.scheduler.config.get("use_flow_sigmas") else family.sigmas(steps)
     mu = shift_of(pipe.scheduler, (height // family.patch) * (width // family.patch))
-    return schedule_on(device, flow_schedule, pipe.scheduler, steps, eta, sigmas, mu)
+    return flow_schedule(pipe.scheduler, steps, eta, sigmas, mu).to(device)
 
 # %% ../nbs/02_sampling.ipynb 36
 def step_distribution(

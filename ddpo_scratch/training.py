@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from diffusers import DiffusionPipeline
 from fastprogress.core import IN_NOTEBOOK
 from torch.utils._pytree import tree_leaves
 
+from .checkpoints import random_states, set_random_states
 from ddpo_scratch.checks import (
     Skipped,
     check_field,
@@ -55,6 +56,7 @@ from ddpo_scratch.precision import (
     warn_of_noise,
 )
 from ddpo_scratch.processes import (
+    from_the_first,
     gathered,
     my_part,
     processes,
@@ -380,11 +382,30 @@ def noise_sources(
     kind: int,               # TRAINING or EVALUATION
     numbers: Iterable[int],  # of the samples
 ) -> list[torch.Generator]:
-    "For each sample, by its number, a generator of its own; on the CPU, the same for any device."
-    states = [np.random.SeedSequence([seed, kind, number]).generate_state(1) for number in numbers]
-    return [torch.Generator().manual_seed(int(state[0])) for state in states]
+    """For each sample, by its number, a generator of its own; on the CPU, the same for any device.
 
-# %% ../nbs/06_training.ipynb 19
+    PyTorch keeps 32 bits of a seed. One of them is the kind, the others count from a place that is
+    the run's own, so no two of 2³¹ samples share their noise; hashes of 32 bits would do so after
+    some ten thousand."""
+    first = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return [torch.Generator().manual_seed(kind * 2**31 + (first + number) % 2**31)
+            for number in numbers]
+
+# %% ../nbs/06_training.ipynb 18
+@contextmanager
+def drawing(
+    states: dict,  # of `random_states`; is where they are afterwards
+):
+    "Python's, NumPy's and PyTorch's random numbers from there, for a while."
+    around = random_states()
+    set_random_states(states)
+    try:
+        yield
+    finally:
+        states.update(random_states())
+        set_random_states(around)
+
+# %% ../nbs/06_training.ipynb 20
 def warn_of_much_noise(
     a: float,            # of a flow model's walk
     schedule: Schedule,  # its tables
@@ -402,7 +423,7 @@ def warn_of_much_noise(
                       "sees latents far noisier than it was trained on: take at most "
                       f"{math.floor(20 * most) / 20:g}.", stacklevel=3)
 
-# %% ../nbs/06_training.ipynb 20
+# %% ../nbs/06_training.ipynb 21
 def check_run(
     config: DDPOConfig,
     pipe: DiffusionPipeline,
@@ -430,7 +451,7 @@ def check_run(
                          f"small steps are lost. Call pipe.{name}.float() before training, or "
                          "train an adapter over it (lora_rank), whose weights are in float32.")
 
-# %% ../nbs/06_training.ipynb 22
+# %% ../nbs/06_training.ipynb 23
 def equal_batches(
     count: int,                  # N
     batch_size: int,             # at most so many in a batch
@@ -448,7 +469,7 @@ def sampling_batches(
     most = -(-count // processes().num_processes)  # samples of a process
     return my_part(torch.arange(count)).tensor_split(-(-most // batch_size))
 
-# %% ../nbs/06_training.ipynb 24
+# %% ../nbs/06_training.ipynb 25
 class PlainBar:
     "Stands for a bar where there can be none: the same loop, and lines."
     comment = ""
@@ -469,7 +490,7 @@ def progress_bars() -> tuple[Callable, Callable]:  # fastprogress's master_bar a
         return fastprogress.master_bar, fastprogress.progress_bar
     return PlainBar, PlainBar
 
-# %% ../nbs/06_training.ipynb 26
+# %% ../nbs/06_training.ipynb 27
 def averages(
     rows: list[dict],  # numbers with the same names
     sizes: list[int],  # how many samples each is of
@@ -488,7 +509,7 @@ def summary(
     return averages(*zip(*kept)) | {
         "max_log_ratio": watched[0]["max_log_ratio"], "skipped": len(watched) - len(kept)}
 
-# %% ../nbs/06_training.ipynb 28
+# %% ../nbs/06_training.ipynb 29
 @dataclass
 class Epoch:
     "An epoch under way, of N samples."
@@ -497,6 +518,7 @@ class Epoch:
     #                                                    trajectories, log-probabilities
     advantages: torch.Tensor | None = None  # [N], once all are sampled
     batches: list[torch.Tensor] = field(default_factory=list)  # of the updates: samples' indices
+    steps: list[torch.Tensor] = field(default_factory=list)  # that each update trains, [S, B]
     watched: list[dict] = field(default_factory=list)  # what was measured at each update
 
 
@@ -516,7 +538,8 @@ class TrainingState:
         self.weights = trained_weights(unet)
         same_everywhere(unet)
         self.reference = None if config.kl_coef == 0 else (
-            AdapterOff(unet) if config.lora_rank else copy.deepcopy(unet).requires_grad_(False))
+            AdapterOff(unet) if config.lora_rank else
+            copy.deepcopy(unet).requires_grad_(False).eval())
         self.compiled = Compiled(unet, self.reference) if config.compile else nullcontext()
         self.optimizer = make_optimizer(self.weights, config)
         self.scaler = torch.amp.GradScaler(
@@ -525,9 +548,11 @@ class TrainingState:
         self.tracker = PerPromptStatTracker(config.buffer_size, config.min_count)
         self.skipped, self.unet_batch = Skipped(), config.max_unet_batch
         self.shuffler = torch.Generator().manual_seed(config.seed)
+        self.units = {}  # of a `WeightedSum`
+        self.random = random_states()  # of the prompts
         self.history, self.now = [], Epoch()
 
-# %% ../nbs/06_training.ipynb 30
+# %% ../nbs/06_training.ipynb 31
 class Encoded:
     "Prompts, each encoded once; kept in the CPU's memory."
     most = 2**30  # bytes; beyond them, those are forgotten that are not asked for now
@@ -554,7 +579,7 @@ class Encoded:
             words = replace(joined([*[self.without] * len(prompts), words]), guided=True)
         return words.to(device)
 
-# %% ../nbs/06_training.ipynb 32
+# %% ../nbs/06_training.ipynb 33
 def batch_gradient(
     config: DDPOConfig,
     pipe: DiffusionPipeline,
@@ -563,12 +588,11 @@ def batch_gradient(
     log_probs: torch.Tensor,       # [T, N]
     encoded: Encoded,              # their prompts
     batch: torch.Tensor,           # which of them, indices, [B]
+    steps: torch.Tensor,           # of each, from `choose_steps`, [S, B]
 ) -> dict[str, float]:             # loss, and what `compute_loss` measures
     """Add the gradient of a batch's loss to the weights' `.grad`.
 
     Steps that are drawn at random stand for all T: loss and gradient are counted T / S times."""
-    steps = choose_steps(config.num_timesteps, config.timestep_fraction, config.which_steps,
-                         len(batch), state.shuffler)
     weight = config.num_timesteps / len(steps) if config.which_steps == "random" else 1.0
     parts = my_part(torch.arange(len(batch))).tensor_split(config.gradient_accumulation)
     measured, unet = [], network_of(pipe)
@@ -590,7 +614,7 @@ def batch_gradient(
     rows, sizes = zip(*gathered(measured))
     return averages(rows, sizes) | {"max_log_ratio": max(row["max_log_ratio"] for row in rows)}
 
-# %% ../nbs/06_training.ipynb 34
+# %% ../nbs/06_training.ipynb 35
 def train(
     config: DDPOConfig,
     pipe: DiffusionPipeline,         # its UNet is trained in place
@@ -612,6 +636,8 @@ def train(
     (unet.enable_gradient_checkpointing if config.gradient_checkpointing
      else unet.disable_gradient_checkpointing)()
     unet.eval()  # without dropout, sampling and loss see one policy
+    if isinstance(reward_fn, WeightedSum):
+        reward_fn.units = state.units = state.units or reward_fn.units
     beside = all(has_a_place_of_its_own(fn, unet.device)
                  for fn in (reward_fn, *eval_rewards.values()))
     drawn, encoded = PromptDataset(prompt_fn, count // config.samples_per_prompt), Encoded(
@@ -624,8 +650,9 @@ def train(
             1 - epoch / config.num_epochs if config.anneal_lr else 1)
 
         # 1. sample, and ask for rewards
-        now.prompts = now.prompts or [
-            prompt for prompt in drawn for _ in range(config.samples_per_prompt)]
+        if not now.prompts:
+            with drawing(state.random): prompts = from_the_first(lambda: list(drawn))
+            now.prompts = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
         encoded.read(now.prompts)
         batches = sampling_batches(count, config.sample_batch_size)
         with OneBehind(partial(raw_scores, reward_fn, eval_rewards), now.samples, beside) as behind:
@@ -650,6 +677,9 @@ def train(
             now.advantages = torch.from_numpy(state.tracker.update(now.prompts, rewards))
             now.batches = [batch for _ in range(config.num_inner_epochs)
                            for batch in equal_batches(count, config.batch_size, state.shuffler)]
+            now.steps = [choose_steps(config.num_timesteps, config.timestep_fraction,
+                                      config.which_steps, len(batch), state.shuffler)
+                         for batch in now.batches]
 
         # 3. update the policy
         with on_the_cpu(config.offload, *frozen_parts(pipe)):
@@ -657,14 +687,14 @@ def train(
                 state.unet_batch = min(gathered([measured_batch(
                     config, pipe, encoded(now.prompts[:1], unet.device), state.reference)]))
                 say(f"measured: max_unet_batch {state.unet_batch} costs least a row")
-            for batch in progress_bar(now.batches[len(now.watched):], parent=bar):
+            for number in progress_bar(range(len(now.watched), len(now.batches)), parent=bar):
                 optimizer.zero_grad()
-                metrics = batch_gradient(
-                    config, pipe, state, all_step_preds, log_probs, encoded, batch)
+                metrics = batch_gradient(config, pipe, state, all_step_preds, log_probs, encoded,
+                                         now.batches[number], now.steps[number])
                 if epoch == 0 and not now.watched: warn_of_noise(metrics["max_log_ratio"], config)
                 state.scaler.unscale_(optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(state.weights, config.max_grad_norm).item()
-                where = f"epoch {epoch + 1}, batch {len(now.watched) + 1} of {len(now.batches)}"
+                where = f"epoch {epoch + 1}, batch {number + 1} of {len(now.batches)}"
                 skip = state.skipped(metrics["loss"], norm, where)
                 if not skip: state.scaler.step(optimizer)
                 state.scaler.update()
@@ -686,21 +716,23 @@ def train(
         on_epoch(row)
     return state.history
 
-# %% ../nbs/06_training.ipynb 36
+# %% ../nbs/06_training.ipynb 37
 def fresh_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],
 ) -> list[str]:  # `num_eval_samples` of them
-    "Prompts to evaluate on; Python's `random` is seeded for them."
-    random.seed(config.seed + 1_000_000)
-    return list(PromptDataset(prompt_fn, config.num_eval_samples))
+    "Prompts to evaluate on, from random numbers of their own; of several processes, the first's."
+    with drawing(random_states()):
+        seed = config.seed + 1_000_000
+        for start in (random.seed, np.random.seed, torch.default_generator.manual_seed): start(seed)
+        return from_the_first(lambda: list(PromptDataset(prompt_fn, config.num_eval_samples)))
 
-# %% ../nbs/06_training.ipynb 37
+# %% ../nbs/06_training.ipynb 38
 def no_reward(images: np.ndarray, prompts: list[str]) -> np.ndarray:
     "For pictures that are only to be looked at."
     return np.zeros(len(prompts))
 
-# %% ../nbs/06_training.ipynb 38
+# %% ../nbs/06_training.ipynb 39
 def all_scores(
     config: DDPOConfig,
     pipe: DiffusionPipeline,
@@ -725,7 +757,7 @@ def all_scores(
         scores.append(raw_scores(reward_fn, eval_rewards, imgs, asked))
     return np.concatenate(gathered(images)), with_total(reward_fn, gathered(scores))
 
-# %% ../nbs/06_training.ipynb 39
+# %% ../nbs/06_training.ipynb 40
 def evaluate(
     config: DDPOConfig,
     pipe: DiffusionPipeline,
@@ -736,7 +768,7 @@ def evaluate(
     images, scores = all_scores(config, pipe, prompts, reward_fn, {})
     return images, scores["reward"]
 
-# %% ../nbs/06_training.ipynb 41
+# %% ../nbs/06_training.ipynb 42
 def verdict(
     before: torch.Tensor,  # rewards of the untrained model, [N]
     after: torch.Tensor,   # of the trained one, on the same prompts and noise, [N]

@@ -6,12 +6,16 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from ddpo_scratch import sampling
 from ddpo_scratch.door import main
 from ddpo_scratch.models import frozen_parts, is_flow, network_of
 from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline
@@ -65,6 +69,23 @@ def redness(images, prompts):
 def flat(pipe, part=lambda p: p):
     "All weights of its network in one vector, a copy; or another `part` of each."
     return torch.cat([part(p).detach().flatten() for p in network_of(pipe).parameters()])
+
+
+@contextmanager
+def fake_gpu():
+    """Tensors know their shape, type and device, and hold no data: one on the wrong device raises.
+
+    The tables of a schedule are numbers, which are looked at; they are made outside."""
+    def outside(make):
+        def run(*args):
+            with unset_fake_temporarily(): return make(*args)
+        return run
+    makers = {name: outside(getattr(sampling, name)) for name in ("ddim_schedule", "flow_schedule")}
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), patch.multiple(sampling, **makers): yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
 @functools.cache

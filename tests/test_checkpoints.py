@@ -30,7 +30,7 @@ from ddpo_scratch.checkpoints import (
 )
 from ddpo_scratch.cli import parse, run_training
 from ddpo_scratch.prompts import emoji_animal_prompts
-from ddpo_scratch.rewards import JPEGCompressibility
+from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum
 from ddpo_scratch.training import TrainingState, make_config, train
 from helpers import Started, as_flags, ddpo_train, flat, opened, twin
 
@@ -84,8 +84,15 @@ def test_kills_change_nothing(kills, model, twins, tmp_path):
     assert len(checkpoints_in(folder / "checkpoints")) == 1
 
 
+def by_chance(images, prompts):
+    "A reward that draws random numbers of its own."
+    return [random.random() for _ in prompts]
+
+
 def trained(config, stop_after=None, checkpoint=None):
     "A run, perhaps up to the given batch, perhaps from a checkpoint; pipeline and state."
+    reward_fn = WeightedSum({"size": JPEGCompressibility(), "chance": by_chance},
+                            {"size": 1.0, "chance": 0.3})
     pipe = twin("sd2")
     state, done = TrainingState(config, pipe), []
     if checkpoint: load_checkpoint(checkpoint, pipe, state)
@@ -96,7 +103,7 @@ def trained(config, stop_after=None, checkpoint=None):
         number = random.randrange(9) + np.random.randint(9) + torch.randint(9, (1,)).item()
         return ("a fox", "an owl")[number % 2]
     try:
-        train(config, pipe, drawn, JPEGCompressibility(), on_batch=on_batch, state=state)
+        train(config, pipe, drawn, reward_fn, on_batch=on_batch, state=state)
     except Stopped: pass
     return pipe, state
 

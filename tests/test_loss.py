@@ -9,15 +9,23 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch.distributions import Normal, kl_divergence
 
 from ddpo_scratch.loss import (
+    StepLoss,
     choose_steps,
     clipped_surrogate,
     compute_loss,
     gaussian_kl,
     step_loss,
+    sum_up,
     trained_steps,
 )
-from ddpo_scratch.sampling import ddim_schedule, encode_prompts, sd_sample, step_distribution
-from helpers import embedded
+from ddpo_scratch.sampling import (
+    ddim_schedule,
+    encode_prompts,
+    make_schedule,
+    sd_sample,
+    step_distribution,
+)
+from helpers import embedded, fake_gpu
 
 T, PROMPTS, ETA = 4, ["a fox", "an owl", "a cat"], 1.0
 
@@ -192,7 +200,7 @@ def test_penalty_and_its_gradient():
 
 
 def test_metrics_are_counted_by_hand():
-    "Ratios from torch.distributions; who is clipped, with ifs; the k3 estimator as its formula."
+    "Ratios from torch.distributions; who is clipped, with ifs; the k1 estimator as its formula."
     pipe, metrics, ratios, clipped = tiny_pipeline(), {}, [], 0
     xs, log_probs = trajectory(pipe, 1.0)
     log_probs = log_probs + 0.1 * torch.randn(
@@ -211,9 +219,25 @@ def test_metrics_are_counted_by_hand():
             clipped += (a > 0 and ratio > 1.05) or (a < 0 and ratio < 0.95)
     ratios = np.array(ratios)
     assert 0 < clipped < 2 * T and metrics["clip_fraction"] == pytest.approx(clipped / (3 * T))
-    assert metrics["approx_kl"] == pytest.approx((ratios - 1 - np.log(ratios)).mean())
+    assert metrics["approx_kl"] == pytest.approx(-np.log(ratios).mean(), rel=1e-5)
     assert metrics["max_log_ratio"] == pytest.approx(np.abs(np.log(ratios)).max())
     assert "ref_kl" not in metrics
+
+
+def test_approx_kl_is_the_divergence():
+    "Of a policy whose mean has moved by a tenth of σ: as `gaussian_kl` and torch have it."
+    g, sigma = torch.Generator().manual_seed(0), torch.tensor(0.7, dtype=torch.float64)
+    old = torch.randn(4096, 4, 8, 8, generator=g, dtype=torch.float64)
+    move = 0.1 * sigma * torch.randn(old.shape, generator=g, dtype=torch.float64).sign()
+    new = old + move
+    action = old + sigma * torch.randn(old.shape, generator=g, dtype=torch.float64)
+    log_ratio = (Normal(new, sigma).log_prob(action) - Normal(old, sigma).log_prob(action)
+                 ).mean((1, 2, 3))
+    none = torch.zeros(len(log_ratio), dtype=torch.float64)
+    _, metrics = sum_up([StepLoss(none, log_ratio, none.bool(), none)], len(log_ratio))
+    true = kl_divergence(Normal(old, sigma), Normal(new, sigma)).mean().item()
+    assert gaussian_kl(new, old, sigma).mean().item() == pytest.approx(true)
+    assert metrics["approx_kl"] == pytest.approx(true, rel=0.1)
 
 
 def test_clipped_surrogate_case_by_case():
@@ -254,26 +278,22 @@ def test_last_step_without_noise_neither_explodes_nor_pulls():
 
 def test_loss_forward_stays_on_its_device():
     "Every step's loss on a fake CUDA device; trajectories left on the CPU raise."
-    from torch._subclasses.fake_tensor import FakeTensorMode
     pipe = embedded()
-    schedule = ddim_schedule(pipe.scheduler, T, ETA)
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            pipe.to("cuda")
-            def loss_at(step, device):
-                xs, log_probs, advantages = (
-                    torch.empty(*shape, device=device)
-                    for shape in ((T + 1, 3, 4, 8, 8), (T, 3), (3,)))
-                embeddings = encode_prompts(PROMPTS, pipe, 4.0, "cuda")
-                return step_loss(step, xs[0], xs[1], log_probs[0], advantages, 1e-4, embeddings,
-                                 pipe.unet, schedule.to("cuda"), 4.0, 0.1, pipe.unet).loss
-            for step in (*range(T), torch.tensor([2, 0, 2], device="cuda")):
-                loss = loss_at(step, "cuda")
-                assert loss.device.type == "cuda" and loss.shape == (3,) and loss.requires_grad
-            with pytest.raises(RuntimeError): loss_at(0, "cpu")
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    with fake_gpu():
+        pipe.to("cuda")
+        schedule = make_schedule(pipe, T, ETA, 8, 8, "cuda")
+        def loss_at(step, device):
+            xs, log_probs, advantages = (
+                torch.empty(*shape, device=device)
+                for shape in ((T + 1, 3, 4, 8, 8), (T, 3), (3,)))
+            embeddings = encode_prompts(PROMPTS, pipe, 4.0, "cuda")
+            return step_loss(step, xs[0], xs[1], log_probs[0], advantages, 1e-4, embeddings,
+                             pipe.unet, schedule, 4.0, 0.1, pipe.unet).loss
+        for step in (*range(T), torch.tensor([2, 0, 2], device="cuda")):
+            loss = loss_at(step, "cuda")
+            assert loss.device.type == "cuda" and loss.shape == (3,) and loss.requires_grad
+        with pytest.raises(RuntimeError): loss_at(0, "cpu")
+
 
 
 def test_bad_loss_arguments():

@@ -44,7 +44,7 @@ from ddpo_scratch.sampling import (
 )
 from ddpo_scratch.training import make_config, make_prompt_fn, train, warn_of_much_noise
 from ddpo_scratch.twins import TWINS, make_twin
-from helpers import ddpo_train, embedded, opened, redness, run_card
+from helpers import ddpo_train, embedded, fake_gpu, opened, redness, run_card
 
 PROMPTS = ["a fox", "a picture of an owl"]
 WITHOUT_T5 = dict(text_encoder_3=None, tokenizer_3=None)
@@ -159,24 +159,19 @@ def test_samples_do_not_see_each_other(name, twins):
 @pytest.mark.parametrize("name", TWINS)
 def test_all_stays_on_its_device(name, twins):
     "Sampling, decoding and the loss's forward on a fake CUDA device."
-    from torch._subclasses.fake_tensor import FakeTensorMode
     pipe, guidance = opened(twins[name]), guidance_of(name)
-    schedule = make_schedule(pipe, 3, 0.7, 4, 4)
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            pipe.to("cuda")
-            latents, xs, log_probs = sd_sample(PROMPTS, pipe, 32, 32, guidance, 3, 0.7, "cuda")
-            assert {x.device.type for x in (latents, xs, log_probs)} == {"cuda"}
-            assert xs.shape == (4, 2, 4, 4, 4) and log_probs.shape == (3, 2)
-            assert pipe.vae.decode(latents).sample.device.type == "cuda"
-            words = encode_prompts(PROMPTS, pipe, guidance, "cuda")
-            for step in (1, torch.tensor([2, 0], device="cuda")):
-                loss = step_loss(step, xs[0], xs[1], log_probs[0], torch.empty(2, device="cuda"),
-                                 1e-4, words, network_of(pipe), schedule.to("cuda"), guidance).loss
-                assert loss.device.type == "cuda" and loss.requires_grad
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    with fake_gpu():
+        pipe.to("cuda")
+        latents, xs, log_probs = sd_sample(PROMPTS, pipe, 32, 32, guidance, 3, 0.7, "cuda")
+        assert {x.device.type for x in (latents, xs, log_probs)} == {"cuda"}
+        assert xs.shape == (4, 2, 4, 4, 4) and log_probs.shape == (3, 2)
+        assert pipe.vae.decode(latents).sample.device.type == "cuda"
+        words, schedule = (encode_prompts(PROMPTS, pipe, guidance, "cuda"),
+                           make_schedule(pipe, 3, 0.7, 4, 4, "cuda"))
+        for step in (1, torch.tensor([2, 0], device="cuda")):
+            loss = step_loss(step, xs[0], xs[1], log_probs[0], torch.empty(2, device="cuda"),
+                             1e-4, words, network_of(pipe), schedule, guidance).loss
+            assert loss.device.type == "cuda" and loss.requires_grad
 
 
 @pytest.mark.parametrize("name, lora_rank", [

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ddpo_scratch.checkpoints import state_from_dict, state_to_dict
 from ddpo_scratch.loss import compute_loss
 from ddpo_scratch.precision import averages_bytes, in_precision, make_optimizer, on_the_cpu
-from ddpo_scratch.sampling import ddim_schedule, decoding_fn, encode_prompts, sd_sample
+from ddpo_scratch.sampling import decoding_fn, encode_prompts, sd_sample
 from ddpo_scratch.training import TrainingState, make_config, make_prompt_fn, train
-from helpers import embedded, redness, twin
+from helpers import embedded, fake_gpu, redness, twin
 
 SMALL = dict(num_epochs=1, num_samples_per_epoch=8, samples_per_prompt=1, batch_size=4,
              num_timesteps=3, min_count=8, sample_batch_size=8, img_size=32)
@@ -228,25 +228,19 @@ def test_eight_bits_are_resumed_bit_by_bit():
 
 def test_the_loss_with_the_text_encoder_elsewhere():
     "UNet and trajectories on a fake CUDA device, VAE and text encoder still on the CPU."
-    from torch._subclasses.fake_tensor import FakeTensorMode
     fake = embedded()
-    ddim_schedule(fake.scheduler, 4, 1.0)
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            for module, place in ((fake.unet, "cuda"), (fake.text_encoder, "cpu")):
-                module.to(place)
-            xs, log_probs = torch.zeros(5, 2, 4, 8, 8).cuda(), torch.zeros(4, 2).cuda()
-            with patch("torch.Tensor.backward"), patch("ddpo_scratch.loss.sum_up") as watched:
-                watched.return_value = 0.0, {}
-                compute_loss(xs, log_probs, torch.ones(2).cuda(), 10.0, 1e-4, ["a fox", "an owl"],
-                             fake, 4, 3.0, 1.0, "cuda")
-            parts, _ = watched.call_args.args
-            assert {x.device.type for part in parts for x in part} == {"cuda"} and len(parts) == 4
-            words = encode_prompts(["a fox"], fake, 3.0, "cpu").rows
-            assert words["encoder_hidden_states"].device.type == "cpu"
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    with fake_gpu():
+        for module, place in ((fake.unet, "cuda"), (fake.text_encoder, "cpu")):
+            module.to(place)
+        xs, log_probs = torch.zeros(5, 2, 4, 8, 8).cuda(), torch.zeros(4, 2).cuda()
+        with patch("torch.Tensor.backward"), patch("ddpo_scratch.loss.sum_up") as watched:
+            watched.return_value = 0.0, {}
+            compute_loss(xs, log_probs, torch.ones(2).cuda(), 10.0, 1e-4, ["a fox", "an owl"],
+                         fake, 4, 3.0, 1.0, "cuda")
+        parts, _ = watched.call_args.args
+        assert {x.device.type for part in parts for x in part} == {"cuda"} and len(parts) == 4
+        words = encode_prompts(["a fox"], fake, 3.0, "cpu").rows
+        assert words["encoder_hidden_states"].device.type == "cpu"
 
 
 class Somewhere(torch.nn.Module):

@@ -1,5 +1,6 @@
 """Tests of chapter `nbs/14_processes.ipynb`."""
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from ddpo_scratch.processes import from_the_first, gathered, my_part, processes, sum_gradients
-from ddpo_scratch.training import TrainingState, evaluate, make_config, train
-from helpers import Started, as_flags, forks, opened
+from ddpo_scratch.training import TrainingState, evaluate, fresh_prompts, make_config, train
+from helpers import Started, as_flags, flat, forks, opened
 
 
 def ranks(count):
@@ -94,6 +95,34 @@ def test_the_number_of_processes_does_not_show(model, twins, tmp_path):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
         assert torch.equal(first[2], second[2])  # the two have the same weights to the last bit
         assert one[0][0]["clip_fraction"] > 0 and one[0][-1]["ref_kl"] > 0
+
+
+def by_chance(images, prompts):
+    return [random.random() for _ in prompts]
+
+
+def unseeded(source, folder):
+    "Prompts that nobody can draw again, and a reward that uses up random numbers."
+    config = make_config("emoji", **FEW, lr=1e-3)
+    asked, chance, pipe = [], random.SystemRandom(), opened(source)
+    prompts = fresh_prompts(config, lambda: str(chance.random()))
+    def drawn():
+        asked.append(f"{chance.random()} {random.random()}")
+        return asked[-1]
+    history = train(config, pipe, drawn, by_chance)
+    torch.save([prompts, len(asked), [row["max_log_ratio"] for row in history], flat(pipe)],
+               f"{folder}/{processes().process_index}.pt")
+
+
+def test_prompts_come_from_one_process(twins, tmp_path):
+    "So pictures and prompts belong together, whatever the prompt function and the reward draw."
+    codes, said = launch(2, unseeded, twins["sd2"], str(tmp_path))
+    assert codes == [0, 0], said
+    first, second = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in range(2))
+    assert first[0] == second[0] and len(set(first[0])) == FEW["num_eval_samples"]
+    assert (first[1], second[1]) == (12, 0)
+    assert max(first[2] + second[2]) < 1e-5
+    assert torch.equal(first[3], second[3])
 
 
 FEW = dict(num_epochs=2, num_samples_per_epoch=6, samples_per_prompt=1, batch_size=4,

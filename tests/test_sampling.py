@@ -2,6 +2,7 @@
 import logging
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +18,11 @@ from ddpo_scratch.sampling import (
     ddim_schedule,
     decoding_fn,
     encode_prompts,
+    make_schedule,
     sd_sample,
     step_distribution,
 )
-from helpers import embedded
+from helpers import embedded, fake_gpu
 
 pipe = embedded()
 
@@ -289,27 +291,45 @@ def test_tables_are_made_on_the_cpu():
         assert torch.equal(ours, theirs)
 
 
-# A tensor that was left on the wrong device can be caught without a GPU: fake tensors know their
-# shape, type and device, and hold no data.
 def test_sampling_stays_on_its_device():
     "Text encoder, loop and VAE on a fake CUDA device: a tensor on the wrong one raises."
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    fake = embedded()
-    ddim_schedule(fake.scheduler, 3, 1.0)  # the tables are numbers, made outside and kept
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    prompts = ["a fox", "an owl"]
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            fake.to("cuda")
-            for guidance in (1.0, 5.0):
-                tensors = sd_sample(prompts, fake, 64, 64, guidance, 3, 1.0, "cuda")
-                assert {x.device.type for x in tensors} == {"cuda"}
-                assert tensors[1].shape == (4, 2, 4, 8, 8)
-            assert fake.vae.decode(tensors[0]).sample.device.type == "cuda"
-            with pytest.raises(RuntimeError):
-                sd_sample(["a fox"], fake, 64, 64, 1.0, 3, 1.0, "cpu")
-    finally:
-        torch.__future__.set_overwrite_module_params_on_conversion(False)
+    fake, prompts = embedded(), ["a fox", "an owl"]
+    with fake_gpu():
+        fake.to("cuda")
+        for guidance in (1.0, 5.0):
+            tensors = sd_sample(prompts, fake, 64, 64, guidance, 3, 1.0, "cuda")
+            assert {x.device.type for x in tensors} == {"cuda"}
+            assert tensors[1].shape == (4, 2, 4, 8, 8)
+        assert fake.vae.decode(tensors[0]).sample.device.type == "cuda"
+        with pytest.raises(RuntimeError):
+            sd_sample(["a fox"], fake, 64, 64, 1.0, 3, 1.0, "cpu")
+
+
+def test_the_scheduler_is_taken_as_it_is_now():
+    "What is changed after a sampling counts from the next one on."
+    own, xs = embedded(), torch.Generator().manual_seed
+    before = sd_sample(["a fox"], own, 64, 64, 1.0, 3, 1.0, "cpu", xs(0))[0]
+    own.scheduler.register_to_config(prediction_type="v_prediction")
+    after = sd_sample(["a fox"], own, 64, 64, 1.0, 3, 1.0, "cpu", xs(0))[0]
+    assert make_schedule(own, 3, 1.0, 8, 8).prediction_type == "v_prediction"
+    fresh = embedded()
+    fresh.scheduler = DDIMScheduler.from_config(
+        fresh.scheduler.config, prediction_type="v_prediction")
+    assert torch.equal(after, sd_sample(["a fox"], fresh, 64, 64, 1.0, 3, 1.0, "cpu", xs(0))[0])
+    assert (after - before).abs().max() > 0.1
+
+
+def test_a_megapixel_is_decoded_at_a_time():
+    "Of any shape: sixteen latents of 128×32 are pictures of 1024×256, four to a megapixel."
+    sizes, shapes = [], ((16, 4, 128, 32), (16, 4, 32, 128), (3, 4, 256, 256), (20, 4, 64, 64))
+    for shape in shapes:
+        def decode(part):
+            sizes.append(len(part))
+            return SimpleNamespace(sample=torch.zeros(len(part), 3, 8, 8))
+        own = embedded()
+        own.vae.decode = decode
+        decoding_fn(torch.zeros(shape), own)
+    assert sizes == [4] * 4 + [4] * 4 + [1] * 3 + [4] * 5
 
 
 GOOD = dict(prompts=["a fox"], pipe=pipe, height=64, width=64, guidance_scale=1.0,

@@ -1,6 +1,7 @@
 """Tests of chapter `nbs/06_training.ipynb`."""
 import io
 import itertools
+import random
 import sys
 import threading
 from contextlib import redirect_stdout
@@ -10,8 +11,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig
 
 import ddpo_scratch.training as training
+from ddpo_scratch.loss import choose_steps
 from ddpo_scratch.rewards import AnimalReward, JPEGCompressibility, WeightedSum
 from ddpo_scratch.sampling import encode_prompts
 from ddpo_scratch.training import (
@@ -67,7 +70,7 @@ def test_of_two_counts_one_will_do():
         make_config("blog", min_count=6, buffer_size=5)
 
 
-def gradient_of_seven(**changes):
+def gradient_of_seven(steps_of=None, **changes):
     "Of seven samples at three steps, with guidance and a penalty, in float64; what is measured."
     config = make_config("emoji", **TINY | dict(
         num_timesteps=3, timestep_fraction=1.0, cfg=2.0, kl_coef=0.1, clip_ratio=0.02) | changes)
@@ -83,7 +86,9 @@ def gradient_of_seven(**changes):
     encoded = Encoded(pipe, config)
     encoded.read(state.now.prompts)
     batch = torch.randperm(7, generator=g)
-    measured = batch_gradient(config, pipe, state, xs, log_probs, encoded, batch)
+    steps = choose_steps(3, config.timestep_fraction, config.which_steps, 7, g)
+    steps = steps if steps_of is None else steps_of
+    measured = batch_gradient(config, pipe, state, xs, log_probs, encoded, batch, steps)
     return torch.cat([weight.grad.flatten() for weight in state.weights]), measured
 
 
@@ -108,8 +113,8 @@ def test_which_steps_are_trained():
                 gradient_of_seven(which_steps=which) for which in ("random", "2,0,1")))):
         assert (gradients - whole).norm() < 1e-10 * whole.norm()
         assert loss == pytest.approx(measured["loss"], rel=1e-9)
-    with patch.object(training, "choose_steps", lambda *_: torch.ones(1, 7, dtype=torch.long)):
-        drawn, found = gradient_of_seven(which_steps="random", timestep_fraction=0.3)
+    drawn, found = gradient_of_seven(
+        torch.ones(1, 7, dtype=torch.long), which_steps="random", timestep_fraction=0.3)
     assert (drawn - 3 * one_by_one[1][0]).norm() < 1e-10 * drawn.norm()
     assert found["loss"] == pytest.approx(3 * one_by_one[1][1]["loss"], rel=1e-9)
 
@@ -274,6 +279,52 @@ def test_every_sample_has_noise_of_its_own():
     x = torch.stack(first)
     assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
     assert abs(np.corrcoef(x.T)[0, 1]) < 0.03
+    assert abs(np.corrcoef(x[:-1, 0], x[1:, 0])[0, 1]) < 0.03  # seeds that are neighbours
+
+
+@pytest.mark.parametrize("seed", (0, 1, 2**31 - 1))
+def test_no_two_of_100000_samples_share_their_noise(seed):
+    "By the birthday bound, hashes of 32 bits would: 1.2 pairs of them, on average."
+    seeds = {source.initial_seed() for kind in (TRAINING, EVALUATION)
+             for source in noise_sources(seed, kind, range(100_000))}
+    assert len(seeds) == 200_000 and max(seeds) < 2**32 and min(seeds) >= 0
+
+
+def test_prompts_are_the_runs_own():
+    "A reward that draws random numbers, or a generator that is set anew, changes no prompt."
+    def prompts_of(reward_fn):
+        asked = []
+        def seen(images, prompts):
+            asked.extend(prompts)
+            return reward_fn(images, prompts)
+        train(make_config("emoji", **TINY), twin("sd2"), prompt_fn, seen)
+        return asked
+    def prompt_fn(): return f"{random.random()} {np.random.random()} {torch.rand(1).item()}"
+    def restless(images, prompts):
+        for seed in (random.seed, np.random.seed, torch.manual_seed): seed(5)
+        return redness(images, prompts)
+    plain = prompts_of(redness)
+    assert prompts_of(restless) == plain and len(set(plain)) == 14
+    for seed in (random.seed, np.random.seed, torch.manual_seed): seed(7)
+    expected = random.random(), np.random.random(), torch.rand(1).item()
+    for seed in (random.seed, np.random.seed, torch.manual_seed): seed(7)
+    first = fresh_prompts(make_config("emoji"), prompt_fn)
+    assert (random.random(), np.random.random(), torch.rand(1).item()) == expected
+    assert fresh_prompts(make_config("emoji"), prompt_fn) == first
+
+
+def test_the_reference_has_no_dropout():
+    "That of an adapter which somebody loaded, in a UNet that is in train mode: no divergence."
+    pipe = twin("sd2")
+    pipe.unet.requires_grad_(False)
+    pipe.unet.add_adapter(LoraConfig(
+        r=4, lora_dropout=0.5, init_lora_weights=False, target_modules=["to_q", "to_v"]))
+    pipe.unet.train()
+    config = make_config("emoji", **TINY | dict(num_epochs=1, batch_size=7), kl_coef=0.1)
+    state = TrainingState(config, pipe)
+    assert not any(module.training for module in state.reference.modules())
+    row, = train(config, pipe, lambda: "a fox", redness, state=state)
+    assert row["ref_kl"] == 0
 
 
 def test_learning_rate_falls_in_a_straight_line():
