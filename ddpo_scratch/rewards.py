@@ -198,10 +198,25 @@ def load_open_clip(
     name: str,            # of an architecture of open_clip's
     pretrained: str,      # a tag of open_clip's, or a file
     dtype: torch.dtype,
+    quick_gelu: bool | None = None,  # whether the weights were trained with it; None: the tag says
 ) -> nn.Module:
-    "`ValueError` where the weights cannot be had."
+    "`ValueError` where the weights cannot be had, or were trained with another activation."
+    wanted = (open_clip.get_model_config(name) or {}).get("quick_gelu", False)
+    if pretrained in open_clip.list_pretrained_tags_by_model(name):
+        tagged = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
+        quick_gelu = tagged if quick_gelu is None else quick_gelu
+    elif quick_gelu is None:
+        quick_gelu = wanted or None
+    if quick_gelu is None and Path(pretrained).exists():
+        raise ValueError(f"the file {pretrained!r} does not say whether {name} was trained with "
+                         "QuickGELU, as OpenAI's, LAION-400M's and MetaCLIP's were, or with GELU: "
+                         "give quick_gelu=True or False.")
+    if wanted and not quick_gelu:
+        raise ValueError(f"{name} has QuickGELU, and the weights {pretrained!r} were trained with "
+                         f"GELU: take {name.removesuffix('-quickgelu')}.")
     try:
-        return open_clip.create_model(name, pretrained=pretrained).to(dtype)
+        return open_clip.create_model(
+            name, pretrained=pretrained, force_quick_gelu=bool(quick_gelu)).to(dtype)
     except (OSError, RuntimeError, UnpicklingError) as error:
         raise ValueError(
             f"CLIP {name} with the weights {pretrained!r} could not be had: {error} If the hub "
@@ -247,6 +262,7 @@ def jpeg_kilobytes(
 # %% ../nbs/03_rewards.ipynb 26
 class JPEGIncompressibility:
     "The more detail the better: size of the picture as a JPEG, kB."
+    beside = True  # the next pictures may be drawn meanwhile: it is computed on the CPU
 
     def __call__(
         self,

@@ -10,8 +10,10 @@ import base64
 import io
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import open_clip
@@ -36,12 +38,14 @@ class CLIPScore(Scorer):
         batch_size: int = 32,                      # pictures at a time
         model: str = "ViT-L-14-quickgelu",         # of open_clip.list_models()
         pretrained: str = "openai",                # a tag of open_clip's, or a file of weights
+        quick_gelu: bool | None = None,            # the activation; a tag says it, of a file say it
     ):
         super().__init__(device, dtype, batch_size)
-        self.model, self.pretrained = model, pretrained
+        self.model, self.pretrained, self.quick_gelu = model, pretrained, quick_gelu
 
     def load(self) -> None:
-        self.clip_model = load_open_clip(self.model, self.pretrained, self.dtype)
+        self.clip_model = load_open_clip(
+            self.model, self.pretrained, self.dtype, self.quick_gelu)
         self.tokenizer = open_clip.get_tokenizer(self.model)
 
     def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -88,6 +92,25 @@ class PickScore(Scorer):
         return self.clip_model.logit_scale.float().exp() * (seen * asked).sum(1)
 
 # %% ../nbs/17_scorers.ipynb 9
+@contextmanager
+def without_openais_environment():
+    "Keys, names and headers that are meant for another address stay at home."
+    hidden = {name: os.environ.pop(name) for name in [*os.environ] if name.startswith("OPENAI_")}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def picture_url(
+    image: np.ndarray,  # one picture, uint8, [H, W, 3]
+) -> str:
+    "The picture as a PNG, in a URL that holds it whole."
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 def number_in(
     answer: str,
 ) -> float:       # 0 … 10
@@ -115,6 +138,8 @@ class VisionJudge:
 
     A request that fails is repeated after a pause that grows; an answer without a number is asked
     for again. `ValueError`, with the address, where that does not help."""
+    beside = True  # the next pictures may be drawn while it thinks
+    most_useless = 0.1  # share of the last hundred answers that may be of no use
 
     def __init__(
         self,
@@ -123,17 +148,20 @@ class VisionJudge:
         question: str = "How well does this picture show {prompt}? Answer with a number from 0 "
                         "to 10, nothing else.",
         to_number: Callable[[str], float] = number_in,  # `ValueError`: the answer is no use
+        useless: float | None = None,  # what counts for an answer that is no use; None: an error
         workers: int = 8,        # requests under way at a time
-        timeout: float = 60.0,   # seconds without a word from the server
-        tries: int = 4,          # of a request that fails, and of a question without a number
+        client: dict = {},       # options of `openai.OpenAI`: api_key, timeout (s), max_retries
+        asking: dict = {},       # options of a question: temperature, max_tokens, seed, …
     ):
         check_installed("openai", "VisionJudge")
         from openai import OpenAI
         self.url, self.model, self.question, self.to_number = url, model, question, to_number
-        self.workers, self.tries = workers, tries
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()  # local servers want none
-        self.client = OpenAI(base_url=url, api_key=self.key or "none", timeout=timeout,
-                             max_retries=tries - 1)
+        self.useless, self.workers, self.asking = useless, workers, asking
+        options = dict(timeout=60.0, max_retries=3) | client
+        self.key, self.tries = options.pop("api_key", "").strip(), 1 + options["max_retries"]
+        with without_openais_environment():
+            self.client = OpenAI(base_url=url, api_key=self.key or "none", **options)
+        self.latest = deque(maxlen=100)  # answers: whether each was of use
 
     def ask(
         self,
@@ -141,25 +169,35 @@ class VisionJudge:
         prompt: str,
     ) -> float:
         "One question, until its answer is of use."
-        from openai import OpenAIError
-        buffer = io.BytesIO()
-        Image.fromarray(image).save(buffer, format="PNG")
-        picture = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        from openai import BadRequestError, OpenAIError
         question = [{"type": "text", "text": self.question.replace("{prompt}", prompt)},
-                    {"type": "image_url", "image_url": {"url": picture}}]
+                    {"type": "image_url", "image_url": {"url": picture_url(image)}}]
         for _ in range(self.tries):
             try:
-                return self.to_number(text_of(self.client.chat.completions.create(
-                    model=self.model, messages=[{"role": "user", "content": question}])))
-            except OpenAIError as error:  # has been tried again already
-                reason = f"{error} {error.__cause__ or ''}".strip()
-                break
+                number = self.to_number(text_of(self.client.chat.completions.create(
+                    model=self.model, messages=[{"role": "user", "content": question}],
+                    **self.asking)))
+                self.latest.append(True)
+                return number
             except ValueError as error:
                 reason = str(error)
-        url = re.sub(r"//[^/@]*@", "//", self.url)  # without a password
-        said = (f"the judge {self.model!r} at {url} gives no answer of use about {prompt!r}: "
-                f"{reason}")
-        raise ValueError(said.replace(self.key or "\0", "…")[:500])
+            except BadRequestError as error:  # in this way, too, servers refuse a picture
+                reason = str(error)
+                break
+            except OpenAIError as error:  # has been tried again already
+                raise self.trouble(prompt, f"{error} {error.__cause__ or ''}") from error
+        self.latest.append(False)
+        too_many = self.latest.count(False) > self.most_useless * self.latest.maxlen
+        if self.useless is None or too_many: raise self.trouble(prompt, reason)
+        return self.useless
+
+    def trouble(self, prompt: str, reason: str) -> ValueError:
+        "With the address, and without password and key."
+        said = (f"the judge {self.model!r} at {re.sub('//[^/@]*@', '//', self.url)} gives no "
+                f"answer of use about {prompt!r}: {reason.strip()}")
+        if (useless := self.latest.count(False)) > 1:
+            said = said[:400] + f" (so it was for {useless} of the last {len(self.latest)} answers)"
+        return ValueError(said.replace(self.key or "\0", "…")[:500])
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../nbs/20_speed.ipynb 3
 import math
+import re
 import time
 from collections.abc import Callable
 
@@ -34,7 +35,7 @@ def cheapest(
             try:
                 call(samples)
             except RuntimeError as error:
-                if "memory" not in str(error): raise
+                if not re.search("memory|_ALLOC_FAILED", str(error)): raise  # cuBLAS's, cuDNN's
                 fits = False  # what was made so far is let go with the error
             if device.type == "cuda": (torch.cuda.synchronize if fits else torch.cuda.empty_cache)()
             if not fits: return math.inf

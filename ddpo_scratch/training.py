@@ -321,15 +321,11 @@ def has_a_place_of_its_own(
     reward_fn: Callable,
     device: torch.device,  # of the UNet
 ) -> bool:
-    "Whether it is computed somewhere else than the UNet."
-    places = []
-    for part in parts_of(reward_fn):
-        if isinstance(part, Scorer):
-            places.append(part.device)
-        elif isinstance(part, torch.nn.Module):
-            places += [weight.device for weight in part.parameters()]
-    return not any((place.type, place.index or 0) == (device.type, device.index or 0)
-                   for place in places)
+    "Whether it says that it is computed somewhere else than the UNet."
+    def elsewhere(part):
+        if not isinstance(part, Scorer): return getattr(part, "beside", False) is True
+        return (part.device.type, part.device.index or 0) != (device.type, device.index or 0)
+    return all(map(elsewhere, parts_of(reward_fn)))
 
 
 def here() -> Callable[[], None]:

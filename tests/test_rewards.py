@@ -101,8 +101,8 @@ def test_aesthetic_reward_holds_its_weights():
     "With a small CLIP, not the download: loaded once, when asked; frozen; blind to prompts; bf16."
     from unittest.mock import patch
     loads, head = [], MLP(768).state_dict()
-    def small(name, pretrained):
-        assert (name, pretrained) == ("ViT-L-14-quickgelu", "openai")
+    def small(name, pretrained, force_quick_gelu):
+        assert (name, pretrained, force_quick_gelu) == ("ViT-L-14-quickgelu", "openai", True)
         loads.append(1)
         return small_clip()
     imgs = np.random.default_rng(1).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)

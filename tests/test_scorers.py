@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +23,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from ddpo_scratch.pipelines import load_pipeline
+from ddpo_scratch.rewards import load_open_clip
 from ddpo_scratch.scorers import CLIPScore, PickScore, VisionJudge, number_in
 
 PROMPTS = ["a fox", "an owl", "a picture of a cat"]
@@ -47,8 +49,14 @@ def test_clip_score_for_any_model():
             clip, _, preprocess = open_clip.create_model_and_transforms(
                 "tiny-clip", image_resize_mode=mode, image_interpolation=how)
             torch.save(clip.state_dict(), f"{folder}/weights.pt")
-            reward_fn = CLIPScore("cpu", batch_size=2, model="tiny-clip",
-                                  pretrained=f"{folder}/weights.pt").ready()
+            of_file = partial(CLIPScore, "cpu", batch_size=2, model="tiny-clip",
+                              pretrained=f"{folder}/weights.pt")
+            reward_fn, quick = (of_file(quick_gelu=quick).ready() for quick in (False, True))
+            with pytest.raises(ValueError, match="does not say.*quick_gelu=True or False"):
+                of_file().ready()
+        for model, kind in ((reward_fn.clip_model, "GELU"), (quick.clip_model, "QuickGELU")):
+            blocks = model.visual.transformer.resblocks
+            assert {type(block.mlp[1]).__name__ for block in blocks} == {kind}
         reward_fn.clip_model.visual.preprocess_cfg |= dict(resize_mode=mode, interpolation=how)
         with torch.no_grad():
             seen = clip.eval().encode_image(torch.stack(
@@ -62,6 +70,22 @@ def test_clip_score_for_any_model():
         assert not np.allclose(reward_fn(pictures(), PROMPTS[::-1]).numpy(), ours, atol=0.1)
     with pytest.raises(ValueError, match="CLIP tiny-clip with the weights 'none' could not be had"):
         CLIPScore("cpu", model="tiny-clip", pretrained="none").ready()
+
+
+def test_the_activation_is_the_tags():
+    "Without weights: whether open_clip is told to take QuickGELU, for tags of either kind."
+    asked, real = [], open_clip.create_model
+    def made(name, pretrained, force_quick_gelu):
+        model = real(name, pretrained=None, force_quick_gelu=force_quick_gelu, device="meta")
+        asked.append(type(model.visual.transformer.resblocks[0].mlp[1]).__name__)
+        return model
+    tags = (("ViT-B-32", "laion400m_e32"), ("ViT-B-32", "metaclip_400m"), ("ViT-B-32", "openai"),
+            ("ViT-B-32-quickgelu", "laion400m_e32"), ("ViT-B-32", "laion2b_s34b_b79k"))
+    with patch("open_clip.create_model", made):
+        for model, tag in tags: load_open_clip(model, tag, torch.float32)
+        with pytest.raises(ValueError, match="trained with GELU: take ViT-B-32"):
+            load_open_clip("ViT-B-32-quickgelu", "x", torch.float32, quick_gelu=False)
+    assert asked == ["QuickGELU"] * 4 + ["GELU"]
 
 
 def test_pick_score():
@@ -103,6 +127,8 @@ class Chat(BaseHTTPRequestHandler):
             number = site.asked
             site.seen.append((words["text"], picture["image_url"]["url"],
                               self.headers["Authorization"]))
+            site.options.append({name: asked.get(name) for name in ("temperature", "max_tokens")})
+            site.headers |= dict(self.headers)
         time.sleep(0.1)
         answer = {"id": "1", "object": "chat.completion", "created": 1, "model": asked["model"],
                   "choices": [{"index": 0, "finish_reason": "stop", "message": {
@@ -114,6 +140,8 @@ class Chat(BaseHTTPRequestHandler):
         if kind == "cut off" and number == 1: body, length = body[:50], len(body)
         if kind == "half" and number == 1: body = body[:50]
         if kind == "wordy": body = body.replace(b"I would say", b"Well, no number. v")
+        if kind == "shy" and "shy" in words["text"]: body = body.replace(b"I would say", b"Not 3, not")
+        if kind == "strict" and "shy" in words["text"]: status, body = 400, b'{"error": "unsafe"}'
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body) if length is None else length))
@@ -129,6 +157,7 @@ class Chat(BaseHTTPRequestHandler):
 def chat_server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Chat) as site:
         site.lock, site.busy, site.most, site.asked, site.seen = threading.Lock(), 0, 0, 0, []
+        site.options, site.headers = [], {}
         threading.Thread(target=site.serve_forever, daemon=True).start()
         yield site, f"http://127.0.0.1:{site.server_port}/v1"
         site.shutdown()
@@ -140,8 +169,9 @@ def test_a_judge_over_http():
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8)
     prompts = ["x" * i for i in range(6)]
     for kind in ("well", "busy at first", "odd", "cut off", "half"):
-        with chat_server() as (site, url), patch.dict(os.environ, {"OPENAI_API_KEY": "sk-secret"}):
-            judge = VisionJudge(url, kind, "{prompt}?", workers=3, tries=3)
+        with chat_server() as (site, url):
+            judge = VisionJudge(url, kind, "{prompt}?", workers=3, client=dict(
+                api_key="sk-secret\n", max_retries=2), asking=dict(temperature=0, max_tokens=9))
             tensors = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
             assert judge(tensors if kind == "well" else images, prompts) == [
                 1.5, 2.5, 3.5, 4.5, 5.5, 6.5], kind
@@ -149,24 +179,55 @@ def test_a_judge_over_http():
             text, picture, key = next(seen for seen in site.seen if seen[0] == "xx?")
             there = Image.open(io.BytesIO(base64.b64decode(picture.split(",")[1])))
             assert (np.asarray(there) == images[2]).all() and key == "Bearer sk-secret"
+            assert site.options[0] == dict(temperature=0, max_tokens=9)
+            VisionJudge(url, "well", "{prompt}?")(images[:1], ["a fox"])
+            assert site.options[-1] == dict(temperature=None, max_tokens=None)
+
+
+def test_what_openai_is_meant_to_get_goes_nowhere_else():
+    "Key, organisation, project and headers of the environment stay there, and are not lost."
+    pytest.importorskip("openai")
+    theirs = {f"OPENAI_{name}": "secret" for name in ("API_KEY", "ORG_ID", "PROJECT_ID")}
+    theirs["OPENAI_CUSTOM_HEADERS"] = "X-Theirs: secret"
+    with chat_server() as (site, url), patch.dict(os.environ, theirs):
+        VisionJudge(url, "well", "{prompt}")(np.zeros((1, 8, 8, 3), np.uint8), ["a fox"])
+        assert "secret" not in str(site.headers) and "x-theirs" not in str(site.headers).lower()
+        assert {name: os.environ[name] for name in theirs} == theirs
+
+
+@pytest.mark.parametrize("kind", ("shy", "strict"))
+def test_a_judge_that_will_not_say(kind):
+    "One picture in twenty counts as was said. One in two, or nothing was said: the end."
+    pytest.importorskip("openai")
+    def ask(count, **options):
+        prompts = [f"{i}shy" if i % count == 0 else str(i) for i in range(40)]
+        judge = VisionJudge(url, kind, "{prompt}", useless=-1.0, client=dict(max_retries=1))
+        for name, value in options.items(): setattr(judge, name, value)
+        return judge(np.zeros((40, 8, 8, 3), np.uint8), prompts)
+    with chat_server() as (site, url):
+        marks = ask(20)
+        assert [i for i, mark in enumerate(marks) if mark == -1.0] == [0, 20]
+        with pytest.raises(ValueError, match="so it was for 1[01] of the last"): ask(2)
+        assert ask(2, most_useless=0.5).count(-1.0) == 20
+        with pytest.raises(ValueError, match="no answer of use"): ask(20, useless=None)
 
 
 def test_a_judge_that_stays_away():
     "The address and the prompt in the error, and never the key; no server, no access, no number."
     pytest.importorskip("openai")
     image, prompt = np.zeros((1, 8, 8, 3), np.uint8), ["a fox"]
-    with chat_server() as (site, url), patch.dict(os.environ, {"OPENAI_API_KEY": "sk-secret"}):
+    with chat_server() as (site, url):
         for kind, reason in (("closed", "401"), ("wordy", "no number from 0 to 10")):
             match = f"'{kind}' at {url} .*'a fox': .*{reason}"
             with pytest.raises(ValueError, match=match) as left:
-                VisionJudge(url, kind, tries=2)(image, prompt)
+                VisionJudge(url, kind, client=dict(
+                    api_key="sk-secret", max_retries=1))(image, prompt)
             assert "sk-secret" not in str(left.value)
         with pytest.raises(ValueError, match="VisionJudge: 1 pictures and 2 prompts"):
             VisionJudge(url, "well")(image, ["a", "b"])
     with pytest.raises(ValueError, match="http://127.0.0.1:9/v1 gives no answer.*[Cc]onnect"):
-        VisionJudge("http://me:hunter2@127.0.0.1:9/v1", "well", tries=1)(image, prompt)
-    with patch.dict(os.environ, {"OPENAI_API_KEY": "sk-secret\n"}):
-        assert VisionJudge("http://127.0.0.1:9/v1", "well").client.api_key == "sk-secret"
+        VisionJudge("http://me:hunter2@127.0.0.1:9/v1", "well", client=dict(max_retries=0))(
+            image, prompt)
     for answer, number in (("7", 7), ("Score: 8.5/10", 8.5), ("0", 0), ("**3**", 3), ("-1", None),
                            ("11", None), ("v2 is best", None), ("", None), ("8,5", None),
                            ("<think>I see 2</think> 9", 9), ("7 out of 10.", 7), ("3rd", None),

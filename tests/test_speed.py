@@ -256,6 +256,14 @@ def test_the_number_is_the_cheapest():
     assert run(lambda n: n * max(1, n / 16) + 5, 4, 1000) == 16
     assert run(lambda n: None if n > 20 else 10 + n, 4, 1000) == 16
     assert run(lambda n: None if n > 20 else 10 + n, 48, 1000) == 12
+    for words in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                  "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+                  "[enforce fail] DefaultCPUAllocator: can't allocate memory"):
+        def full(samples):
+            if samples > 5: raise RuntimeError(words)
+            now[0] += 10 + samples
+        with patch.object(speed.time, "perf_counter", lambda: now[0]):
+            assert cheapest(full, 16, 1000, torch.device("cpu")) == 4
     def broken(samples): raise RuntimeError("something else")
     with pytest.raises(RuntimeError, match="else"): cheapest(broken, 1, 8, torch.device("cpu"))
 

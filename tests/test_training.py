@@ -522,18 +522,22 @@ def test_a_reward_is_asked_while_the_next_batch_is_drawn():
 
 
 def test_where_rewards_are_computed():
-    "Beside: functions, networks on another device; at once: those on the UNet's, also in a sum."
+    "Beside: whoever says so, and scorers on another device; all others at once; sums as a whole."
     cpu, gpu = torch.device("cpu"), torch.device("cuda:0")
-    network = torch.nn.Linear(1, 1)
-    network.forward = redness
+    def wraps_a_network(images, prompts): return redness(images, prompts)
+    def patient(images, prompts): return redness(images, prompts)
+    patient.beside = True
+    def weighted(*parts): return WeightedSum(dict(zip("ab", parts)), dict.fromkeys("ab", 1.0))
     def on(place):
         reward_fn = AnimalReward("cpu")
         reward_fn.device = torch.device(place)
         return reward_fn
-    both = WeightedSum({"a": redness, "b": AnimalReward("cpu")}, {"a": 1.0, "b": 1.0})
-    for reward_fn, on_cpu, on_gpu in ((redness, True, True), (AnimalReward("cpu"), False, True),
-                                      (network, False, True), (both, False, True),
-                                      (on("cuda"), True, False), (on("cuda:1"), True, True)):
+    for reward_fn, on_cpu, on_gpu in (
+            (wraps_a_network, False, False), (patient, True, True),
+            (JPEGCompressibility(), True, True), (AnimalReward("cpu"), False, True),
+            (weighted(patient, AnimalReward("cpu")), False, True),
+            (weighted(patient, wraps_a_network), False, False),
+            (on("cuda"), True, False), (on("cuda:1"), True, True)):
         assert has_a_place_of_its_own(reward_fn, cpu) == on_cpu
         assert has_a_place_of_its_own(reward_fn, gpu) == on_gpu
 
@@ -546,6 +550,7 @@ def test_trouble_beside():
         calls.append(1)
         if len(calls) == 3: raise RuntimeError("the ink has run out")
         return redness(images, prompts)
+    leaking.beside = True
     pipe = twin("sd2")
     before = flat(pipe)
     with pytest.raises(RuntimeError, match="the ink has run out") as left:
