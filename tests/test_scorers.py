@@ -140,7 +140,7 @@ class Chat(BaseHTTPRequestHandler):
         if kind == "cut off" and number == 1: body, length = body[:50], len(body)
         if kind == "half" and number == 1: body = body[:50]
         if kind == "wordy": body = body.replace(b"I would say", b"Well, no number. v")
-        if kind == "shy" and "shy" in words["text"]: body = body.replace(b"I would say", b"Not 3, not")
+        if kind == "shy" and "shy" in words["text"]: body = body.replace(b"I would", b"Not 3, I")
         if kind == "strict" and "shy" in words["text"]: status, body = 400, b'{"error": "unsafe"}'
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -207,7 +207,7 @@ def test_a_judge_that_will_not_say(kind):
     with chat_server() as (site, url):
         marks = ask(20)
         assert [i for i, mark in enumerate(marks) if mark == -1.0] == [0, 20]
-        with pytest.raises(ValueError, match="so it was for 1[01] of the last"): ask(2)
+        with pytest.raises(ValueError, match="so it was for 1. of the last"): ask(2)
         assert ask(2, most_useless=0.5).count(-1.0) == 20
         with pytest.raises(ValueError, match="no answer of use"): ask(20, useless=None)
 
