@@ -31,17 +31,29 @@ from .models import family_of, network_of
 from .processes import gathered, processes
 
 # %% ../nbs/13_checkpoints.ipynb 5
+def find_again(
+    path: Path,
+) -> None:
+    "A folder that a process put away, and was killed before it put the new one in its place."
+    old = path.with_name(path.name + ".old")
+    if not old.is_dir(): return
+    if path.exists(): shutil.rmtree(old)
+    else: os.replace(old, path)
+
+
 @contextmanager
 def at_one_stroke(
     path: Path,  # of a file or a folder; what is there is replaced by its like
 ):
     "A name to write to, which becomes `path` if all goes well and is gone if it does not."
-    part = path.with_name(path.name + ".part")
+    part, old = (path.with_name(path.name + ending) for ending in (".part", ".old"))
     if part.is_dir(): shutil.rmtree(part)  # of a process that was killed
+    find_again(path)
     try:
         yield part
-        if part.is_dir() and path.is_dir(): shutil.rmtree(path)
+        if part.is_dir() and path.is_dir(): os.replace(path, old)  # and is there until it is not
         os.replace(part, path)
+        if old.is_dir(): shutil.rmtree(old)
     finally:
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
@@ -123,8 +135,9 @@ def state_to_dict(
     return {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
             "stats": {prompt: list(queue) for prompt, queue in state.tracker.stats.items()},
             "in_a_row": state.skipped.in_a_row, "shuffler": state.shuffler.get_state(),
-            "unet_batch": state.unet_batch, "units": state.units, "random": state.random,
-            "around": random_states(), "history": state.history, "now": now}
+            "unet_batch": state.unet_batch, "sample_batch_size": state.sample_batch_size,
+            "units": state.units, "random": state.random, "around": random_states(),
+            "history": state.history, "now": now}
 
 
 def state_from_dict(
@@ -143,7 +156,9 @@ def state_from_dict(
     state.shuffler.set_state(saved["shuffler"])
     state.units, state.random, state.history = saved["units"], saved["random"], saved["history"]
     for name, value in saved["now"].items(): setattr(state.now, name, value)
-    if sampling_is_shared(state): state.now.samples = []
+    other_batches = saved["sample_batch_size"] != state.sample_batch_size
+    if sampling_is_shared(state) or (other_batches and state.now.advantages is None):
+        state.now.samples = []
     set_random_states(saved["around"])
 
 
@@ -220,6 +235,7 @@ def newest_intact(
 ) -> Path | None:     # None: there is none at all
     "The newest checkpoint whose files are what they were; damaged ones are named on the way."
     damaged = []
+    for old in folder.glob("*.old"): find_again(old.with_suffix(""))
     for path in reversed(checkpoints_in(folder)):
         try:
             expected = dict(json.loads((path / "sha256.json").read_text("utf-8")))

@@ -152,7 +152,20 @@ def check_prediction(
             "noise says nothing about x_0. Such models predict the velocity: set "
             "prediction_type='v_prediction' if this one does, else rescale_betas_zero_snr=False.")
 
-# %% ../nbs/90_checks.ipynb 10
+# %% ../nbs/90_checks.ipynb 9
+def check_image_size(
+    pipe: DiffusionPipeline,
+    sides: tuple[int, int],  # of a picture, height and width, pixels
+) -> None:
+    "`ValueError` for img_size that the model cannot draw, or that cannot be meant."
+    names = ("img_size",) if sides[0] == sides[1] else ("img_size's height", "img_size's width")
+    check_size(pipe, **dict(zip(names, sides)))
+    own = (network_of(pipe).config.get("sample_size") or 0) * pipe.vae_scale_factor
+    if isinstance(own, int) and min(sides) < own / 4:
+        raise ValueError(f"img_size {min(sides)} is less than a quarter of the {own} pixels that "
+                         "this model was made for: of so few it draws nothing that can be seen.")
+
+# %% ../nbs/90_checks.ipynb 11
 def check_finite(
     all_step_preds: torch.Tensor,  # trajectories, [T+1, B, C, h, w]
     prompts: list[str],            # B
@@ -166,7 +179,7 @@ def check_finite(
             f"from step {step} of {len(broken) - 1} on. Usual causes: weights ruined by too "
             "large a learning rate, a damaged checkpoint, half precision.")
 
-# %% ../nbs/90_checks.ipynb 12
+# %% ../nbs/90_checks.ipynb 13
 def check_loss_arguments(
     x_t: torch.Tensor,                 # [T+1, B, C, h, w]
     original_log_probs: torch.Tensor,  # [T, B]
@@ -231,7 +244,7 @@ def check_steps(
         if not 0 <= extreme < count:
             raise ValueError(f"steps are numbered from 0 to {count - 1}, not {extreme}.")
 
-# %% ../nbs/90_checks.ipynb 14
+# %% ../nbs/90_checks.ipynb 15
 def check_reward_fn(
     reward_fn: Callable,  # a function, or an `nn.Module`
 ) -> None:
@@ -251,7 +264,7 @@ def check_reward_fn(
                         f"picture; this one is {reward_name(reward_fn)}{signature}. Wrap it in a "
                         "function of these two.") from None
 
-# %% ../nbs/90_checks.ipynb 15
+# %% ../nbs/90_checks.ipynb 16
 def to_array(
     values,        # numbers: a sequence, an array, or a tensor of any type on any device
 ) -> np.ndarray:   # on the CPU; tensors of floats as float64
@@ -261,7 +274,7 @@ def to_array(
         values = values.double() if values.is_floating_point() else values
     return np.asarray(values)
 
-# %% ../nbs/90_checks.ipynb 16
+# %% ../nbs/90_checks.ipynb 17
 def reward_name(
     reward_fn: Callable,
 ) -> str:
@@ -298,16 +311,16 @@ def check_images(
                              f"go from {low[index]:.4g} to {high[index]:.4g}. A float tensor's "
                              "must lie between 0 and 1.")
 
-# %% ../nbs/90_checks.ipynb 17
+# %% ../nbs/90_checks.ipynb 18
 def check_rewards(
     rewards,                # what a reward function returned: tensor, array or sequence of numbers
     prompts: Sequence[str], # the B prompts that it judged
     name: str = "a reward", # its name
 ) -> torch.Tensor:          # float64, [B], on the CPU
-    "`TypeError` for no numbers, `ValueError` for wrong shape, NaN or infinity (naming the prompt)."
+    "`ValueError` for no numbers, a wrong shape, NaN or infinity (naming the prompt)."
     if isinstance(rewards, tuple) and any(isinstance(part, (dict, type(None))) for part in rewards):
         kinds = ", ".join(type(part).__name__ for part in rewards)
-        raise TypeError(f"{name} must return {len(prompts)} numbers and nothing beside "
+        raise ValueError(f"{name} must return {len(prompts)} numbers and nothing beside "
                         f"them; it returned a tuple ({kinds}). Return the first of these.")
     kind = type(rewards).__name__
     try:
@@ -315,8 +328,8 @@ def check_rewards(
         if rewards.dtype.kind not in "buif":
             raise TypeError(f"the entries are of type {rewards.dtype}")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{name} must return {len(prompts)} numbers (tensor, array or "
-                        f"list); it returned a {kind} ({error}).") from error
+        raise ValueError(f"{name} must return {len(prompts)} numbers (tensor, array or "
+                         f"list); it returned a {kind} ({error}).") from error
     if rewards.shape == (len(prompts), 1):
         rewards = rewards[:, 0]
     if rewards.shape != (len(prompts),):
@@ -329,7 +342,7 @@ def check_rewards(
                              f"is {reward}. Rewards must be finite.")
     return rewards
 
-# %% ../nbs/90_checks.ipynb 18
+# %% ../nbs/90_checks.ipynb 19
 def check_weight(
     name: str,  # of a reward in a sum
     weight: float,
@@ -341,9 +354,9 @@ def check_weight(
         raise ValueError(f"the weight of {name} must not be 0, and lie between -1e9 and 1e9; it is "
                          f"{weight!r}.")
 
-# %% ../nbs/90_checks.ipynb 20
+# %% ../nbs/90_checks.ipynb 21
 COUNTS = ("num_samples_per_epoch", "samples_per_prompt", "num_epochs", "num_inner_epochs",
-          "num_timesteps", "batch_size", "sample_batch_size", "num_eval_samples", "img_size",
+          "num_timesteps", "batch_size", "sample_batch_size", "num_eval_samples",
           "buffer_size", "min_count", "gradient_accumulation", "save_every", "keep",
           "max_unet_batch")
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -357,16 +370,19 @@ def check_field(
     "`ValueError` for a number out of range, `TypeError` for something else than is wanted."
     def number(kind, low, high=1e9):
         return isinstance(value, kind) and not isinstance(value, bool) and low <= value < high
-    if value is None and name in (
-            "buffer_size", "min_count", "device", "eval_rewards", "max_unet_batch"):
+    if value is None and name in ("buffer_size", "min_count", "device", "eval_rewards",
+                                  "max_unet_batch", "lora_from", "lr"):
         return
     if name in COUNTS and not number(numbers.Integral, 1):
         raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
     if name in ("buffer_size", "min_count") and value == 1:
         raise ValueError(f"{name} must be at least 2: one reward alone is its own mean.")
-    if name == "img_size" and value % 8:
-        raise ValueError("img_size must be a multiple of 8 pixels (of 16 for some models), not "
-                         f"{value!r}.")
+    if name == "img_size":
+        sides = value if isinstance(value, tuple) else (value, value)
+        whole = all(isinstance(side, numbers.Integral) and side is not True for side in sides)
+        if len(sides) != 2 or not whole or not all(side > 0 and side % 8 == 0 for side in sides):
+            raise ValueError("img_size must be a multiple of 8 pixels (of 16 for some models), or "
+                             f"two of them, height and width; not {value!r}.")
     if name in POSITIVE and not (number(numbers.Real, 0) and value > 0):
         raise ValueError(f"{name} must be a number above 0 (and below 1e9), not {value!r}.")
     if name == "timestep_fraction" and not (number(numbers.Real, 0) and 0 < value <= 1):
@@ -393,7 +409,7 @@ def check_field(
         raise ValueError(f"lora_targets must be at least one name of a module, not {value!r}.")
     if name == "seed" and not number(numbers.Integral, 0, 2**31):
         raise ValueError(f"seed must be a whole number from 0 to 2147483647, not {value!r}.")
-    strings = ("pipeline", "prompts", "reward", "eval_rewards", "device")
+    strings = ("pipeline", "prompts", "reward", "eval_rewards", "device", "lora_from")
     if name in strings and not isinstance(value, str):
         raise TypeError(f"{name} is a name, a string, not a {type(value).__name__}.")
     switches = ("gradient_checkpointing", "anneal_lr", "use_8bit_adam", "offload", "scale_rewards",
@@ -411,7 +427,7 @@ def check_installed(
         raise ValueError(f"{setting} needs the package {package}, which is not installed: "
                          f"pip install 'ddpo_scratch[{package}]' brings it.")
 
-# %% ../nbs/90_checks.ipynb 21
+# %% ../nbs/90_checks.ipynb 22
 class Skipped:
     "Counts updates that are left out because they are not finite; `most` in a row are an error."
     most = 10  # in a row; in fp16 the scaler needs some to find its scale

@@ -19,6 +19,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, field, fields, make_dataclass, replace
@@ -54,10 +55,16 @@ from ddpo_scratch.checkpoints import (
 )
 from .checks import HUB_NAME, check_field, check_reward_fn
 from .lora import adapters_of
-from .models import family_of, is_flow, latents_shape, network_of
+from .models import family_of, is_flow, latents_shape, network_of, text_encoders
 from .pipelines import EMBEDDED, load_pipeline, pipeline_source
-from .plan import make_plan, plan_text
-from .precision import DTYPES, frozen_type, in_its_own_type, in_precision
+from .plan import configurations, make_plan, plan_text
+from ddpo_scratch.precision import (
+    DTYPES,
+    frozen_type,
+    in_its_own_type,
+    in_precision,
+    on_the_cpu,
+)
 from .processes import from_the_first, gathered, processes, say
 from .prompts import PromptFile
 from ddpo_scratch.rewards import (
@@ -70,6 +77,7 @@ from ddpo_scratch.rewards import (
     find_reward,
     make_eval_rewards,
     make_reward,
+    name_in_a_file,
     parts_of,
     reward_weights,
     split_weight,
@@ -131,10 +139,10 @@ def reward_curve(
         1 + len(others), sharex=True, squeeze=False, height_ratios=[2, *[1] * len(others)]).flat
     top.fill_between(epochs, mean - std, mean + std, alpha=0.2, lw=0)
     top.plot(epochs, mean, marker="o", ms=3)
-    top.set_ylabel(reward.replace("$", r"\$"), fontsize=8)
+    top.set_ylabel(reward, fontsize=8, parse_math=False)  # names and prompts are no formulas
     for ax, name in zip(below, others):
         ax.plot(epochs, columns[name], marker="o", ms=3)
-        ax.set_ylabel(name.replace("_", " ", 1).replace("$", r"\$"), fontsize=8)
+        ax.set_ylabel(name.replace("_", " ", 1), fontsize=8, parse_math=False)
     figure.axes[-1].set_xlabel("epoch")
     figure.axes[-1].xaxis.get_major_locator().set_params(integer=True)
     return figure
@@ -151,7 +159,7 @@ def image_grid(
     for ax in figure.subplots(rows, columns, squeeze=False).flat: ax.axis("off")
     for ax, image, title in zip(figure.axes, images, titles):
         ax.imshow(image)
-        ax.set_title(title, fontsize=7)
+        ax.set_title(title, fontsize=7, parse_math=False)
     return figure
 
 
@@ -168,8 +176,9 @@ def progress_strip(
             ax.imshow(image)
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-        axes[0, column].set_title(titles[column], fontsize=8)
-    for ax, label in zip(axes[:, 0], labels): ax.set_ylabel(label[:20], fontsize=8)
+        axes[0, column].set_title(titles[column], fontsize=8, parse_math=False)
+    for ax, label in zip(axes[:, 0], labels):
+        ax.set_ylabel(label[:20], fontsize=8, parse_math=False)
     return figure
 
 
@@ -180,7 +189,7 @@ def strip_frame(
 ) -> Image.Image:
     "The same pictures in one row, a frame of the moving strip."
     figure = image_grid(images, [label[:20] for label in labels], len(labels))
-    figure.suptitle(title, fontsize=8, y=0.99)
+    figure.suptitle(title, fontsize=8, y=0.99, parse_math=False)
     figure.subplots_adjust(0.01, 0, 0.99, 0.82, 0.05)
     return Image.open(io.BytesIO(png_bytes(figure, dpi=100, cropped=False))).convert("RGB")
 
@@ -250,10 +259,11 @@ def what_ran(
         thing = thing if hasattr(thing, "__qualname__") else type(thing)
         return f"{thing.__module__}:{thing.__qualname__}"
     def named(reward_fn):
+        if name := name_in_a_file(reward_fn): return name
         for name in asked:  # one's own comes first: it may be a class of the library's
             with suppress(ValueError):
                 if any(find_reward(name) is thing for thing in (reward_fn, type(reward_fn))):
-                    return absolute_name(name)
+                    return name
         if isinstance(reward_fn, WeightedSum):
             return ",".join(f"{named(reward_fn.rewards[part])}:{str(weight).removesuffix('.0')}"
                             for part, weight in reward_fn.weights.items())
@@ -262,6 +272,7 @@ def what_ran(
         return called(reward_fn)
     asked = [split_weight(part)[0] for names in (config.reward, config.eval_rewards) if names
              for part in names.split(",") if ":" in part]
+    asked = [name for name in asked if ".py:" not in name]
     source = str(pipe.config.get("_name_or_path") or called(pipe))
     if Path(source).is_dir(): source = str(Path(source).absolute())
     return replace(
@@ -273,6 +284,7 @@ def what_ran(
         reward=named(reward_fn),
         scale_rewards=getattr(reward_fn, "scaled", config.scale_rewards),
         eval_rewards=",".join(map(named, eval_rewards.values())) or None,
+        lora_from=config.lora_from and str(Path(config.lora_from).absolute()),
         device=config.device or pipe.device.type)
 
 # %% ../nbs/08_cli.ipynb 12
@@ -304,6 +316,11 @@ def read_config(
     return values
 
 
+MAY_CHANGE = (  # in a run that goes on: what is learnt does not depend on it, but for rounding
+    "sample_batch_size", "max_unet_batch", "skip_clipped", "compile", "gradient_accumulation",
+    "gradient_checkpointing", "offload", "device", "save_every", "keep", "log_with", "push_to_hub")
+
+
 def check_resumable(
     config: DDPOConfig,
     folder: Path,        # of a run
@@ -325,14 +342,36 @@ def check_unchanged(
     begun: DDPOConfig,  # what the run began with
     folder: Path,       # of the run
 ) -> None:
-    "`ValueError` with all differences; `num_epochs` may have grown, the result go elsewhere."
+    "`ValueError` with all differences that change what is learnt; `num_epochs` may grow."
     changed = [
-        f"{name} was {old!r} and is {new!r}"
-        for (name, old), new in zip(asdict(begun).items(), asdict(config).values())
-        if (new < old if name == "num_epochs" else new != old) and name != "push_to_hub"]
+        f"{name} was {old!r} and is {new!r}" for name, old, new in differences(begun, config)
+        if (new < old if name == "num_epochs" else name not in MAY_CHANGE)]
     if changed:
         raise ValueError(f"a run goes on with the settings that it began with, and in {folder} "
-                         f"{'; '.join(changed)}. Only num_epochs may change, and grow.")
+                         f"{'; '.join(changed)}. num_epochs may grow; what may change is "
+                         f"{', '.join(MAY_CHANGE)}.")
+
+
+def differences(
+    begun: DDPOConfig,
+    config: DDPOConfig,
+) -> list[tuple]:  # name, before, now
+    "Of two configurations."
+    return [(name, old, new) for (name, old), new in zip(
+        asdict(begun).items(), asdict(config).values()) if new != old]
+
+
+def with_notes(
+    config: DDPOConfig,
+    begun: DDPOConfig,  # what the run began with, or went on with
+    folder: Path,       # of the run
+    epoch: int,         # from which on the new settings count
+) -> str:
+    "For config.yaml: the settings, and in comments what has been changed on the way."
+    notes = re.findall("^# .*$", (folder / "config.yaml").read_text("utf-8"), re.M)
+    notes += [f"# from epoch {epoch} on: {name} {new!r}, before {old!r}"
+              for name, old, new in differences(begun, config)]
+    return as_yaml(asdict(config)) + "".join(f"{note}\n" for note in notes)
 
 
 def fingerprint(
@@ -410,8 +449,7 @@ def unfinished_until_the_end(
     else:
         note.unlink(missing_ok=True)
     finally:
-        lock.release()
-        (folder / ".lock").unlink(missing_ok=True)
+        lock.release()  # the file stays: whoever waits for it holds the same one
 
 
 def newest(
@@ -433,7 +471,8 @@ def kept(
     "What an unfinished run leaves, in a sentence or two."
     if not folder.is_dir():
         return f"{folder} is gone."
-    names = sorted(path.name for path in folder.iterdir() if path.name != UNFINISHED)
+    names = sorted(path.name for path in folder.iterdir()
+                   if path.name != UNFINISHED and not path.name.startswith("."))
     if not names:
         return f"{folder} keeps nothing but a note."
     if not (folder / UNFINISHED).exists():
@@ -481,20 +520,25 @@ def plain_reward(
 ) -> float:               # mean
     "The reward of what `pipe(prompt)` draws by itself, each prompt always from the same noise."
     rewards, bar, family = [], getattr(pipe, "_progress_bar_config", {}), family_of(pipe)
-    network, shape = network_of(pipe), latents_shape(pipe, 1, config.img_size, config.img_size)
+    network, (height, width) = network_of(pipe), config.sides
     guides = family.guides and config.cfg <= 1  # which doubles the rows
     at_a_time = -(-config.sample_batch_size // (1 + guides))
+    batches = [batch for batch in sampling_batches(len(prompts[:64]), at_a_time) if len(batch)]
     pipe.set_progress_bar_config(disable=True)
-    for batch in sampling_batches(len(prompts[:64]), at_a_time):
-        if len(batch) == 0: continue
-        asked = [prompts[i] for i in batch]
-        noise = noise_sources(config.seed, EVALUATION, batch.tolist())
-        with in_precision(config.precision, network), in_its_own_type(network):
-            drawn = pipe(asked, height=config.img_size, width=config.img_size, generator=noise,
-                         output_type="latent", **family.calling(pipe)).images
-        drawn = family.unpacked(drawn, *shape[2:])
-        images = decoding_fn(drawn, pipe)
-        rewards.append(ask(reward_fn, images, asked))
+    with torch.no_grad():
+        words = [{name: x.cpu() for name, x in family.embeddings(
+            pipe, [prompts[i] for i in batch], family.guides).items()} for batch in batches]
+    with on_the_cpu(config.offload, *text_encoders(pipe)):
+        for batch, given in zip(batches, words):
+            noise = noise_sources(config.seed, EVALUATION, batch.tolist())
+            with in_precision(config.precision, network), in_its_own_type(network):
+                drawn = pipe(
+                    **{name: x.to(network.device) for name, x in given.items()}, height=height,
+                    width=width, generator=noise, output_type="latent", **family.calling(pipe)
+                ).images
+            drawn = family.unpacked(drawn, *latents_shape(pipe, 1, height, width)[2:])
+            images = decoding_fn(drawn, pipe)
+            rewards.append(ask(reward_fn, images, [prompts[i] for i in batch]))
     pipe.set_progress_bar_config(**bar)
     return torch.cat(gathered(rewards)).mean().item()
 
@@ -563,12 +607,13 @@ Trained with DDPO (Black et al. 2023, arXiv:2305.13301) by `ddpo_scratch`, on pr
 ![mean reward over the epochs](reward_curve.png)
 
 It was trained to draw in {num_timesteps} steps with noise ({walk}), guidance {cfg:g},
-{img_size} pixels, in {precision}. Unless another sampler is named, the numbers above are of {this}:
+{height} × {width} pixels, in {precision}.
+Unless another sampler is named, the numbers above are of {this}:
 
 ```python
 {opening}
 picture = pipe({example!r}, num_inference_steps={num_timesteps},{eta_argument} guidance_scale={cfg},
-               height={img_size}, width={img_size}{calling}).images[0]
+               height={height}, width={width}{calling}).images[0]
 ```
 
 All settings:
@@ -599,7 +644,7 @@ def model_card(
     is_embedded = config.pipeline in EMBEDDED
     base = "path/to/" * Path(config.pipeline).is_absolute() + without_folders(config.pipeline)
     config = replace(config, **{name: without_folders(getattr(config, name)) for name in (
-        "pipeline", "prompts", "reward", "eval_rewards")})
+        "pipeline", "prompts", "reward", "eval_rewards", "lora_from")})
     parts = "".join(f", {part}=None" for part in ("text_encoder_3", "tokenizer_3")
                     if getattr(pipe, part, "") is None)  # of which diffusers wants to be told
     in_16_bits = lora and config.precision != "fp32"
@@ -619,7 +664,8 @@ def model_card(
         lines.append("pipe.scheduler = DDIMScheduler.from_config(\n    pipe.scheduler.config, "
                      f"{says})")
     return CARD.format(
-        **asdict(config), base=f"base_model: {config.pipeline}\n" if is_hub else "",
+        **asdict(config), **dict(zip(("height", "width"), config.sides)),
+        base=f"base_model: {config.pipeline}\n" if is_hub else "",
         lora=", lora" if lora else "", opening="\n".join(lines), example=run["prompts"][0],
         kind="stable-diffusion" if name.startswith("Stable") else "flux",
         walk=f"a flow model's walk, a = {config.eta:g}" if flow else f"DDIM, eta {config.eta:g}",
@@ -638,12 +684,13 @@ class Log:
         config: DDPOConfig,  # as it ran
         folder: Path,        # gets tensorboard/ or wandb/
         run_id: str,         # the same when a run is resumed
+        done: int,           # epochs, before; what is there of later ones does not count
     ):
         self.tracker, self.form = None, {}
         if config.log_with is None:
             return
         if config.log_with == "tensorboard":
-            self.tracker = TensorBoardTracker("tensorboard", folder)
+            self.tracker = TensorBoardTracker("tensorboard", folder, purge_step=done + 1)
             self.form = {"dataformats": "NHWC"}
         else:
             self.tracker = WandBTracker("ddpo_scratch", name=folder.name, dir=str(folder),
@@ -661,6 +708,18 @@ class Log:
         if self.tracker: self.tracker.finish()
 
 # %% ../nbs/08_cli.ipynb 21
+def save_what_is_done(
+    state: TrainingState,
+    save: Callable[[], Path],
+) -> None:
+    "A checkpoint, if a batch is done. The error under way is worth more than one in saving."
+    if not (state.history or state.now.samples or state.now.watched): return
+    try:
+        save()
+    except Exception as error:
+        say(f"no checkpoint could be written: {type(error).__name__}: {error}")
+
+# %% ../nbs/08_cli.ipynb 22
 def run_training(
     config: DDPOConfig,
     pipe: DiffusionPipeline,     # its UNet is trained in place
@@ -673,7 +732,7 @@ def run_training(
     """Evaluate, train, evaluate again; leave everything in `folder`.
 
     On Ctrl-C or SIGTERM, a checkpoint after the batch under way, and `Stopped`, which is a
-    `KeyboardInterrupt`."""
+    `KeyboardInterrupt`. On an error, a checkpoint of what is done, and the error."""
     check_run(config, pipe)
     if eval_rewards is None: eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
     for fn in (reward_fn, *eval_rewards.values()): check_reward_fn(fn)
@@ -688,15 +747,19 @@ def run_training(
     with unfinished_until_the_end(folder, resume):
         if (folder / "versions.yaml").exists(): check_base(base, folder)
         else: write_file(folder / "versions.yaml", as_yaml(versions() | {"untrained_unet": base}))
-        write_file(folder / "config.yaml", as_yaml(asdict(config)))
-        run = None if checkpoint else first_look(
-            config, pipe, prompt_fn, reward_fn, eval_rewards, folder)
+        if not resume: write_file(folder / "config.yaml", as_yaml(asdict(config)))
         state = TrainingState(config, pipe)
         if checkpoint:
             run = load_checkpoint(checkpoint, pipe, state)
             check_unchanged(config, DDPOConfig(**run["config"]), folder)
-            run["config"] = asdict(config)
             say(f"going on from {checkpoint}")
+        if resume:
+            begun = DDPOConfig(**read_config(folder / "config.yaml"))
+            text = with_notes(config, begun, folder, len(state.history) + 1)
+            write_file(folder / "config.yaml", text)
+        if not checkpoint:
+            run = first_look(config, pipe, prompt_fn, reward_fn, eval_rewards, folder)
+        run["config"] = asdict(config)
         progress = Progress(config, pipe, run["prompts"], folder, run["looks"])
         if not run["looks"]: progress.look("before")
 
@@ -708,13 +771,13 @@ def run_training(
             progress.after(row["epoch"])
             log.epoch(row, run["looks"].get(f"epoch {row['epoch']}"))
             if row["epoch"] % config.save_every == 0 or row["epoch"] == config.num_epochs: save()
-        log = Log(config, folder, run["id"])
+        log = Log(config, folder, run["id"], len(state.history))
         with closing(log), stop_after_a_batch() as on_batch:
             try:
                 train(config, pipe, prompt_fn, reward_fn, on_epoch, on_batch, state, eval_rewards)
                 on_batch()
-            except Stopped:
-                save()
+            except BaseException:  # asked to stop, a reward's server that is gone, a full GPU
+                save_what_is_done(state, save)
                 raise
         line = last_look(config, pipe, reward_fn, eval_rewards, folder, run)
         has_adapter = bool(adapters_of(network_of(pipe)))
@@ -728,7 +791,7 @@ def run_training(
     if config.push_to_hub:
         say(f"uploaded: {from_the_first(lambda: upload(folder, config.push_to_hub))}")
 
-# %% ../nbs/08_cli.ipynb 23
+# %% ../nbs/08_cli.ipynb 24
 GROUPS = {
     "what": ("what to train on", (
         "pipeline", "prompts", "reward", "scale_rewards", "eval_rewards", "img_size", "seed")),
@@ -736,8 +799,8 @@ GROUPS = {
         "num_epochs", "num_samples_per_epoch", "samples_per_prompt", "num_inner_epochs",
         "num_timesteps", "timestep_fraction", "which_steps", "num_eval_samples")),
     "how_fast": ("what is learnt, and how fast", (
-        "lora_rank", "lora_alpha", "lora_targets", "lr", "anneal_lr", "batch_size", "weight_decay",
-        "max_grad_norm")),
+        "lora_rank", "lora_from", "lora_alpha", "lora_targets", "lr", "anneal_lr", "batch_size",
+        "weight_decay", "max_grad_norm")),
     "how_far": ("how far it may go, and what counts as better than usual", (
         "cfg", "eta", "clip_ratio", "clip_advantages", "kl_coef", "buffer_size", "min_count")),
     "machine": ("speed and memory; what is learnt changes by rounding only", (
@@ -772,17 +835,35 @@ def flags_type(
             frozen=True)
         groups.append(flag(group, part, meaning, part()))
     return make_dataclass("ddpo_train", [
-        flag("preset", str, f"which defaults: {', '.join(PRESETS)}", "emoji"),
+        flag("preset", str | None, f"which defaults: {', '.join(PRESETS)}; None: those for the "
+             "pipeline's family", None),
         flag("config", str | None, "a YAML file with settings, such as a run's config.yaml", None),
         flag("plan", bool, "only say what memory, operations and time it takes (computed)", False),
         flag("name", str | None, "of the folder in runs/; None: pipeline, reward, a number", None),
         flag("resume", str | None, "the folder of a run that goes on, such as runs/mine", None),
         *groups])
 
-# %% ../nbs/08_cli.ipynb 24
+# %% ../nbs/08_cli.ipynb 25
+FAMILIES_PRESETS = {"StableDiffusionPipeline": "blog", "StableDiffusionXLPipeline": "sdxl",
+                    "StableDiffusion3Pipeline": "sd35", "FluxPipeline": "flux"}
+
+
+def preset_for(
+    pipeline: str,  # as for `load_pipeline`
+) -> str:
+    "The preset for the model's family; the embedded models have their own, trained or not."
+    if pipeline in EMBEDDED: return "emoji"
+    def network(name):
+        return {key: value for key, value in configurations(name).network.items()
+                if not key.startswith("_")}
+    if any(network(pipeline) == network(name) for name in EMBEDDED): return "emoji"
+    return FAMILIES_PRESETS[configurations(pipeline).family.pipeline.__name__]
+
+
 class Command(NamedTuple):
     "What the flags ask for."
     config: DDPOConfig
+    preset: str | None = None       # where it was found from the pipeline
     name: str | None = None         # of the run's folder
     resume: Path | None = None      # the folder of a run that goes on
     only_plan: bool = False
@@ -793,11 +874,14 @@ def parse(
 ) -> Command:
     "Flags to configuration. `ValueError` for values that cannot be; tyro exits for unknown flags."
     first = argparse.ArgumentParser("ddpo_train", add_help=False, allow_abbrev=False)
-    for name in ("preset", "config", "name", "resume"): first.add_argument(f"--{name}")
-    for name in ("buffer_size", "min_count", "samples_per_prompt", "num_samples_per_epoch"):
+    for name in ("preset", "config", "name", "resume", "pipeline"): first.add_argument(f"--{name}")
+    followed = ("buffer_size", "min_count", "samples_per_prompt", "num_samples_per_epoch",
+                "lora_rank", "lora_from")  # by other settings
+    for name in followed:
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     given = vars(first.parse_known_args(argv)[0])
-    preset, file, name, resume = map(given.pop, ("preset", "config", "name", "resume"))
+    preset, file, name, resume, pipeline = map(
+        given.pop, ("preset", "config", "name", "resume", "pipeline"))
     if resume == "":
         raise ValueError("--resume wants the folder of a run, such as runs/mine, and got nothing.")
     if resume and (preset or file or name):
@@ -806,11 +890,14 @@ def parse(
     if resume: file = Path(resume) / "config.yaml"
     changes = read_config(file) if file else {}
     if not resume:
-        changes.update({count: int(value) for count, value in given.items()
-                        if value and value.isdecimal()})
-    counts = {"buffer_size", "min_count", "samples_per_prompt", "num_samples_per_epoch"}
-    defaults = asdict(make_config(
-        preset or "emoji", **{name: changes[name] for name in counts & changes.keys()}))
+        changes.update({name: int(value) if value.isdecimal() else value
+                        for name, value in given.items() if value and (
+                            value.isdecimal() or name == "lora_from")})
+    pipeline = None if resume or preset else pipeline or changes.get("pipeline")
+    found = preset_for(pipeline) if pipeline else None
+    defaults = asdict(make_config(preset or found or "emoji", **{
+        name: changes[name] for name in followed if name in changes and not (
+            resume and name.startswith("lora"))}))
     flags = tyro.cli(
         flags_type(SimpleNamespace(**defaults | changes)), prog="ddpo_train",
         description=DESCRIPTION, args=argv, use_underscores=True,
@@ -818,9 +905,9 @@ def parse(
     values = {key: value for group in GROUPS for key, value in vars(getattr(flags, group)).items()}
     config = DDPOConfig(**values)
     if resume and not flags.plan: check_resumable(config, Path(resume))
-    return Command(config, name, Path(resume) if resume else None, flags.plan)
+    return Command(config, found, name, Path(resume) if resume else None, flags.plan)
 
-# %% ../nbs/08_cli.ipynb 26
+# %% ../nbs/08_cli.ipynb 27
 @contextmanager
 def hub_errors(
     what: str,  # that cannot be done
@@ -853,7 +940,7 @@ def upload(
         return HfApi().upload_folder(
             repo_id=repo, folder_path=path, commit_message="Trained with ddpo_scratch").commit_url
 
-# %% ../nbs/08_cli.ipynb 28
+# %% ../nbs/08_cli.ipynb 29
 def check_prompts(
     config: DDPOConfig,
     prompt_fn: Callable[[], str],
@@ -878,18 +965,21 @@ def prepare(
     runs: Path,       # the folder of all runs
 ) -> tuple:           # the arguments of `run_training`
     "Everything that can be refused, cheap things first; the folder is made last."
-    config, name, resume, only_plan = parse(argv)
+    config, preset, name, resume, only_plan = parse(argv)
+    if preset: say(f"preset {preset}, for this model's family (--preset names another)")
     if processes().num_processes > 1 and ":" in (config.device or ""):
         raise ValueError(f"device {config.device!r} is one, and each of the "
                          f"{processes().num_processes} processes has its own: give 'cuda' or none.")
     prompt_fn = make_prompt_fn(config.prompts)
     check_prompts(config, prompt_fn)
     from_the_first(lambda: check_run_name(name, runs))
-    for names in filter(None, (config.reward, config.eval_rewards)):
-        for reward in reward_weights(names): find_reward(reward)
-    if only_plan:
+    if only_plan:  # and nobody's code is run
         say(plan_text(config, make_plan(config)))
         sys.exit()
+    for names in filter(None, (config.reward, config.eval_rewards)):
+        for reward in reward_weights(names):
+            if ".py:" in reward: say(f"running the code in {absolute_name(reward)}")
+            find_reward(reward)
     pipe = load_pipeline(config.pipeline, config.device, frozen_type(config))
     check_run(config, pipe)
     try:
@@ -923,7 +1013,9 @@ def main() -> None:
         print(f"\nddpo_train: stopped by {str(stop).replace('SIGINT', 'Ctrl-C')}. {left}",
               file=sys.stderr)
         sys.exit(stop.exit_code)
-    except (ValueError, OSError, SafetensorError) as error:
-        if getattr(error, "is_a_rewards_own", False): raise
+    except Exception as error:
+        ours = isinstance(error, (ValueError, OSError, SafetensorError))
+        if not ours or getattr(error, "is_a_rewards_own", False): traceback.print_exc()
+        reason = str(error) if ours else f"{type(error).__name__}: {error}".splitlines()[0]
         left = kept(folder) if folder else "Nothing was written."
-        sys.exit(f"ddpo_train: {str(error).rstrip('.')}. {left}")
+        sys.exit(f"ddpo_train: {reason.rstrip('.')}. {left}")

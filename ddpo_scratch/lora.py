@@ -6,12 +6,16 @@
 __all__ = ['add_lora', 'save_lora']
 
 # %% ../nbs/11_lora.ipynb 3
+import copy
+import json
 import os
+from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 
 from .models import family_of, network_of
 
@@ -37,6 +41,13 @@ def trained_weights(
     return parameters
 
 
+def in_float32(
+    unet: torch.nn.Module,  # with an adapter
+) -> None:
+    "The weights that are trained; others stay in the type that they have."
+    for weight in trained_weights(unet): weight.data = weight.data.float()
+
+
 def check_lora(
     unet: torch.nn.Module,
     targets: tuple[str, ...],
@@ -45,7 +56,8 @@ def check_lora(
     if adapters := adapters_of(unet):
         raise ValueError(
             f"the network has an adapter already ({', '.join(adapters)}). To train that one, leave "
-            "lora_rank at 0; to begin anew, load the pipeline without it.")
+            "lora_rank at 0, or load the pipeline without it and set lora_from; to begin anew, "
+            "load the pipeline without it.")
     for target in targets:
         found = [module for name, module in unet.named_modules()
                  if name == target or name.endswith("." + target)]
@@ -69,7 +81,8 @@ def add_lora(
         target_modules=list(targets)))
     for name, weight in unet.named_parameters():
         weight.requires_grad_("lora_" in name)
-    for weight in trained_weights(unet): weight.data = weight.data.float()
+    in_float32(unet)
+
 
 # %% ../nbs/11_lora.ipynb 10
 class AdapterOff:
@@ -84,6 +97,14 @@ class AdapterOff:
             return self.unet(*args, **kwargs)
         finally:
             self.unet.enable_adapters()
+
+
+def frozen_copy(
+    unet: torch.nn.Module,
+) -> torch.nn.Module:
+    "The UNet as it is now, without dropout. Weights that are frozen already are shared with it."
+    frozen = {id(weight): weight for weight in unet.parameters() if not weight.requires_grad}
+    return copy.deepcopy(unet, frozen).requires_grad_(False).eval()
 
 # %% ../nbs/11_lora.ipynb 12
 def save_lora(
@@ -102,3 +123,45 @@ def save_lora(
     pipe.save_lora_weights(folder, **{
         f"{part}_lora_layers": get_peft_model_state_dict(network, adapter_name=name),
         f"{part}_lora_adapter_metadata": config.to_dict()})
+
+# %% ../nbs/11_lora.ipynb 13
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def adapter_settings(
+    folder: str | os.PathLike,  # of `save_lora`
+) -> dict:                      # lora_rank, lora_alpha and lora_targets, as `DDPOConfig` has them
+    "What an adapter is like, from its file. `ValueError` for what is no adapter of a UNet alone."
+    path = Path(folder) / LORA_FILE
+    try:
+        with safe_open(path, "pt") as file:
+            names, said = list(file.keys()), (file.metadata() or {}).get("lora_adapter_metadata")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"lora_from: there is no adapter in {str(folder)!r} ({error}). A folder "
+                         f"with a {LORA_FILE} is wanted, such as a run's lora/.") from error
+    if said is None:
+        raise ValueError(f"lora_from: {path} does not say its rank and scale. Open it with "
+                         "diffusers' load_lora_weights, and save it again with save_lora.")
+    if others := {name.split(".")[0] for name in names} - {"unet", "transformer"}:
+        raise ValueError(f"lora_from: {path} is an adapter of {', '.join(sorted(others))}, too, "
+                         "and only the UNet's or transformer's can be trained.")
+    said = {name.split(".", 1)[1]: value for name, value in json.loads(said).items()}
+    return dict(lora_rank=said["r"], lora_alpha=float(said["lora_alpha"]),
+                lora_targets=tuple(sorted(said["target_modules"])))
+
+
+def load_lora(
+    pipe: DiffusionPipeline,    # without an adapter; its network is frozen, and gets this one
+    folder: str | os.PathLike,  # of `save_lora`
+) -> None:
+    "An adapter to go on from, in float32. `ValueError` where the network is not that one's."
+    network = network_of(pipe)
+    network.zero_grad()
+    for weight in network.parameters(): weight.requires_grad_(False)
+    try:
+        pipe.load_lora_weights(folder)
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"lora_from: the adapter in {str(folder)!r} is not one of this model's "
+                         f"({str(error).splitlines()[0]}).") from error
+    for name, weight in network.named_parameters(): weight.requires_grad_("lora_" in name)
+    in_float32(network)

@@ -84,10 +84,19 @@ class StableDiffusion:
 
     def encode(self, pipe, prompts: list[str], guidance_scale: float) -> list[dict]:
         "The network's arguments for the prompts; before them, with guidance, for none."
-        guided = guidance_scale > 1
-        given, without = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, guided)
-        halves = (without, given) if guided else (given,)
-        return [dict(encoder_hidden_states=words) for words in halves]
+        found = self.embeddings(pipe, prompts, guidance_scale > 1)
+        halves = [found["negative_prompt_embeds"], found["prompt_embeds"]]
+        return [dict(encoder_hidden_states=words) for words in halves if words is not None]
+
+    def embeddings(self, pipe, prompts: list[str], guided: bool) -> dict:
+        "What the text encoders make of prompts, by the names that the pipeline's own call has."
+        found = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, guided)
+        return dict(zip(("prompt_embeds", "negative_prompt_embeds"), found))
+
+    def halves(self, pipe, prompts: list[str], guided: bool) -> list[tuple]:
+        "Of families with pooled words, both: with guidance of none, and of the prompts."
+        given, without, pooled, pooled_without = self.embeddings(pipe, prompts, guided).values()
+        return [(without, pooled_without)] * guided + [(given, pooled)]
 
     def ask(self, factor: int, network, x, t, rows: dict) -> torch.Tensor:
         "The network's output; a latent's value stands for factor × factor pixels."
@@ -114,12 +123,14 @@ class StableDiffusionXL(StableDiffusion):
         return {}
 
     def encode(self, pipe, prompts, guidance_scale):
-        guided = guidance_scale > 1
-        given, without, pooled, pooled_without = pipe.encode_prompt(
-            prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=guided)
-        halves = ((without, pooled_without), (given, pooled)) if guided else ((given, pooled),)
         return [dict(encoder_hidden_states=words, added_cond_kwargs=dict(text_embeds=vector))
-                for words, vector in halves]
+                for words, vector in self.halves(pipe, prompts, guidance_scale > 1)]
+
+    def embeddings(self, pipe, prompts, guided):
+        return dict(zip(
+            ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
+             "negative_pooled_prompt_embeds"), pipe.encode_prompt(
+                prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=guided)))
 
     def ask(self, factor, network, x, t, rows):
         height, width = (factor * side for side in x.shape[-2:])
@@ -149,12 +160,15 @@ class StableDiffusion3(StableDiffusion):
         return (pipe.tokenizer_3, 256) if pipe.text_encoder_3 else super().reads(pipe)
 
     def encode(self, pipe, prompts, guidance_scale):
-        guided = guidance_scale > 1
-        given, without, pooled, pooled_without = pipe.encode_prompt(
-            prompts, None, None, pipe.text_encoder.device, do_classifier_free_guidance=guided)
-        halves = ((without, pooled_without), (given, pooled)) if guided else ((given, pooled),)
         return [dict(encoder_hidden_states=words, pooled_projections=vector)
-                for words, vector in halves]
+                for words, vector in self.halves(pipe, prompts, guidance_scale > 1)]
+
+    def embeddings(self, pipe, prompts, guided):
+        return dict(zip(
+            ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
+             "negative_pooled_prompt_embeds"), pipe.encode_prompt(
+                prompts, None, None, pipe.text_encoder.device,
+                do_classifier_free_guidance=guided)))
 
     def ask(self, factor, network, x, t, rows):
         return network(x, timestep=t.expand(len(x)), **rows).sample
@@ -186,12 +200,15 @@ class Flux(StableDiffusion):
         return dict(max_sequence_length=self.tokens(pipe.transformer.config))
 
     def encode(self, pipe, prompts, guidance_scale):
-        given, pooled, _ = pipe.encode_prompt(
-            prompts, None, pipe.text_encoder.device, **self.calling(pipe))
+        given, pooled = self.embeddings(pipe, prompts, False).values()
         rows = dict(encoder_hidden_states=given, pooled_projections=pooled)
         if self.takes_guidance(pipe):
             rows["guidance"] = given.new_full((len(prompts),), guidance_scale, dtype=torch.float32)
         return [rows]
+
+    def embeddings(self, pipe, prompts, guided):
+        return dict(zip(("prompt_embeds", "pooled_prompt_embeds"), pipe.encode_prompt(
+            prompts, None, pipe.text_encoder.device, **self.calling(pipe))))
 
     def ask(self, factor, network, x, t, rows):
         tiles = F.pixel_unshuffle(x, 2)
@@ -238,6 +255,14 @@ def network_of(
     return getattr(pipe, family_of(pipe).network)
 
 # %% ../nbs/18_models.ipynb 18
+def text_encoders(
+    pipe: DiffusionPipeline,
+) -> list[torch.nn.Module]:
+    "Those that it has."
+    return [part for name, part in pipe.components.items()
+            if name.startswith("text_encoder") and part is not None]
+
+
 def frozen_parts(
     pipe: DiffusionPipeline,
 ) -> list[torch.nn.Module]:

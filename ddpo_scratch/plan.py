@@ -6,13 +6,15 @@
 __all__ = []
 
 # %% ../nbs/15_plan.ipynb 3
+import math
 import sys
 import time
 import weakref
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
+import open_clip
 import torch
 import transformers
 import tyro
@@ -38,6 +40,14 @@ from ddpo_scratch.models import (
 )
 from .pipelines import EMBEDDED, family_in, load_pipeline, pipeline_source
 from .precision import averages_bytes, frozen_type, in_precision
+from ddpo_scratch.rewards import (
+    AESTHETIC_CLIP,
+    MLP,
+    REWARDS,
+    new_classifier,
+    new_judge,
+    reward_weights,
+)
 from ddpo_scratch.sampling import (
     Schedule,
     decoding_fn,
@@ -86,11 +96,15 @@ STABLE_DIFFUSION_35 = Made(
     VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
     [("CLIPTextModelWithProjection", CLIP_L), ("CLIPTextModelWithProjection", CLIP_G),
      ("T5EncoderModel", T5_XXL)])
+FLUX_1 = Made(
+    FAMILIES["FluxPipeline"], {"guidance_embeds": True},
+    STABLE_DIFFUSION_35.vae, [("CLIPTextModel", CLIP_L), ("T5EncoderModel", T5_XXL)])
 SHIPPED = {
     "CompVis/stable-diffusion-v1-4": STABLE_DIFFUSION_1,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": STABLE_DIFFUSION_1,
     "stabilityai/stable-diffusion-xl-base-1.0": STABLE_DIFFUSION_XL,
-    "stabilityai/stable-diffusion-3.5-medium": STABLE_DIFFUSION_35}
+    "stabilityai/stable-diffusion-3.5-medium": STABLE_DIFFUSION_35,
+    "black-forest-labs/FLUX.1-dev": FLUX_1}
 
 # %% ../nbs/15_plan.ipynb 6
 def configurations(
@@ -122,7 +136,11 @@ def build(
     "The module with new weights, of the type in which a run loads it."
     module = (kind.from_config(settings) if hasattr(kind, "from_config") else
               kind(kind.config_class(**settings)))
-    return torch.nn.Module.to(module, frozen_type(config)).eval()
+    module = torch.nn.Module.to(module, frozen_type(config)).eval()
+    exact = getattr(module, "_keep_in_fp32_modules", None) or []  # such as T5's `wo`
+    for name, part in module.named_modules():
+        if frozen_type(config) == torch.float16 and name.rpartition(".")[2] in exact: part.float()
+    return module
 
 
 def models(
@@ -203,7 +221,7 @@ class Work:
         self.modules = [module for module in (self.network, self.vae, self.reference)
                         if isinstance(module, torch.nn.Module)]
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.side = config.img_size // self.factor
+        self.sides = [side // self.factor for side in config.sides]
         self.channels = self.network.config.in_channels // self.family.packed
         self.guided = config.cfg > 1 and self.family.guides
         with torch.device("meta"):
@@ -219,7 +237,7 @@ class Work:
         guided, family = self.guided, self.family
         tokens = self.text_encoders[0].config.max_position_embeddings
         rows = family.blank(self.network.config, samples * (1 + guided), tokens)
-        return (torch.zeros(2, samples, self.channels, self.side, self.side),
+        return (torch.zeros(2, samples, self.channels, *self.sides),
                 Conditioning(rows, partial(family.ask, self.factor), guided),
                 Schedule(*(torch.zeros(1) for _ in range(6)), "epsilon", None))
 
@@ -236,7 +254,7 @@ class Work:
             part.loss.sum().backward()
 
     def decode(self, x, words, schedule) -> None:
-        at_once = pictures_at_once(self.config.img_size, self.config.img_size)
+        at_once = pictures_at_once(*self.config.sides)
         with torch.no_grad(): self.vae.decode(x[0, :at_once])
 
     def peak(self, step, samples: int) -> int:
@@ -273,6 +291,37 @@ def work_of(
     return WORKS[key]
 
 # %% ../nbs/15_plan.ipynb 11
+def clip_vit_h() -> torch.nn.Module:
+    "PickScore's: CLIP ViT-H/14 with a projection to 1024 numbers."
+    def tower(width, layers, **settings):
+        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+                    num_attention_heads=16, **settings)
+    return transformers.CLIPModel(transformers.CLIPConfig(
+        projection_dim=1024, text_config=tower(1024, 24),
+        vision_config=tower(1280, 32, patch_size=14)))
+
+
+def all_rewards(
+    config: DDPOConfig,
+) -> list[str]:
+    "Names of those that are trained on or watched, each once."
+    return [*dict.fromkeys(name for names in (config.reward, config.eval_rewards) if names
+                           for name in reward_weights(names))]
+
+
+@lru_cache
+def reward_bytes(
+    name: str,  # of a reward
+) -> int:
+    "What its model's weights take, in float32; 0 of one that has none, or is somebody's own."
+    def clip_vit_l(): return open_clip.create_model(AESTHETIC_CLIP, pretrained=None, device="meta")
+    made = {"animal": [new_classifier], "right_animal": [new_judge], "pickscore": [clip_vit_h],
+            "clip_score": [clip_vit_l], "aesthetic": [clip_vit_l, partial(MLP, 768)]}
+    with torch.device("meta"):
+        models = [make() for make in made.get(name, ())]
+    return sum(4 * weight.numel() for model in models for weight in model.parameters())
+
+# %% ../nbs/15_plan.ipynb 12
 class Plan(NamedTuple):
     "What a run takes; computed, not measured."
     trained: int                # numbers that are trained
@@ -315,10 +364,12 @@ def make_plan(
              "decoding": work.peak(work.decode, at_a_time),
              "training": work.peak(work.train, at_once)}
     if config.offload:
-        for phase in ("sampling", "decoding"): peaks[phase] += size(*others)
+        for phase in ("sampling", "decoding"): peaks[phase] += size(work.vae)
+        peaks["encoding prompts"] = size(*others)
     name = "UNet" if work.family.network == "unet" else "transformer"
     copies = [work.reference] * isinstance(work.reference, torch.nn.Module)
-    latents = work.channels * work.side**2
+    latents = work.channels * math.prod(work.sides)
+    rewards = all_rewards(config)
     averages = sum(averages_bytes(weight.numel(), config.use_8bit_adam)
                    for weight in work.network.parameters() if weight.requires_grad)
     return Plan(
@@ -327,10 +378,11 @@ def make_plan(
         epoch * config.num_inner_epochs * steps * work.training,
         {name: size(work.network), "its reference": size(*copies),
          "VAE and text encoders": 0 if config.offload else size(*others),
+         "models of the rewards": sum(map(reward_bytes, rewards)),
          "gradients": 4 * trained, "AdamW's averages": averages},
         peaks, 2 * 4 * epoch * (config.num_timesteps + 1) * latents)
 
-# %% ../nbs/15_plan.ipynb 13
+# %% ../nbs/15_plan.ipynb 14
 GPUS = {  # gigabytes, and 10¹² operations a second in fp32 (as TF32) and in 16 bits, says NVIDIA
     "RTX 3090, 24 GB": (25.8, 35.6, 71), "RTX 4090, 24 GB": (25.8, 82.6, 165),
     "A100, 80 GB": (85.9, 156, 312), "H100, 80 GB": (85.9, 495, 989)}
@@ -353,7 +405,7 @@ def plan_text(
              *(f"  {gigabytes(size)}  {part}" for part, size in plan.resident.items() if size),
              "and on top of it, one after the other:",
              *(f"  {gigabytes(size)}  {phase}" for phase, size in plan.peaks.items()),
-             f"  {gigabytes(plan.memory)}  in all, without the reward's own model", "",
+             f"  {gigabytes(plan.memory)}  in all{without_what(config)}", "",
              f"in the CPU's memory: {gigabytes(plan.trajectories).strip()} of trajectories", "",
              f"operations of an epoch: {many(plan.sampling)} for sampling, "
              f"{many(plan.training)} for training", "",
@@ -364,8 +416,14 @@ def plan_text(
         fits = "" if plan.memory / 1e9 + 1.5 < size else "   does not fit"
         lines.append(f"  {card:16} {duration(epoch)}  {duration(epoch * config.num_epochs)}{fits}")
     more = " Compiled blocks take more memory than this." if config.compile else ""
-    return "\n".join([*lines, "", "All this is computed, not measured. The reward is not counted, "
-                      "nor the looks before and after." + more])
+    return "\n".join([*lines, "", "All this is computed, not measured. What rewards compute is not "
+                      "counted, nor are the looks before and after." + more])
+
+
+def without_what(config: DDPOConfig) -> str:
+    "Rewards whose weights are not known here: those that are somebody's own code."
+    own = [name for name in all_rewards(config) if name not in REWARDS]
+    return f", without what {' and '.join(own)} may hold" if own else ""
 
 
 def duration(seconds: float) -> str:
@@ -373,7 +431,7 @@ def duration(seconds: float) -> str:
         if seconds >= size: return f"{seconds / size:6.1f} {unit:3}"
     return f"{max(seconds, 0.1):6.1f} s  "
 
-# %% ../nbs/15_plan.ipynb 20
+# %% ../nbs/15_plan.ipynb 21
 def full_size(
     config: DDPOConfig,  # its pipeline is one of `SHIPPED`
 ) -> DiffusionPipeline:

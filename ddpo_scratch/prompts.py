@@ -100,7 +100,7 @@ class PromptFile:
     ):
         self.path = Path(path)
         try:
-            lines = self.path.read_text(encoding="utf-8-sig").splitlines()
+            lines = self.path.read_text(encoding="utf-8-sig").split("\n")  # of \r\n and \r, too
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"the prompts in {str(path)!r} cannot be read: {error}. A text file "
                              "with one prompt a line is wanted.") from error
@@ -138,6 +138,6 @@ class PromptDataset(Dataset):
             raise IndexError(f"index {index} is outside 0…{self.num - 1}.")
         prompt = self.prompt_fn()
         if not isinstance(prompt, str):
-            raise TypeError("prompt_fn must return a string, "
-                            f"not the {type(prompt).__name__} {prompt!r}.")
+            raise ValueError("prompt_fn must return a string, "
+                             f"not the {type(prompt).__name__} {prompt!r}.")
         return str(prompt)  # NumPy has strings of its own

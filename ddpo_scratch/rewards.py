@@ -504,17 +504,21 @@ REWARDS = {  # where each is found
 }
 
 
+FROM_FILES = "rewards_of_"  # names of their modules begin so
+
+
 @lru_cache
 def module_of_file(
-    path: Path,     # absolute
-    changed: int,   # when the file was changed, so that a new one is read again
+    path: Path,      # absolute
+    content: bytes,  # of the file: with another, it is another module
 ):
     "The module in a file. `ValueError` with the line where it raises."
-    spec = spec_from_file_location(f"rewards_of_{path.stem}", path)
+    mark = sha256(str(path).encode() + content).hexdigest()[:12]
+    spec = spec_from_file_location(f"{FROM_FILES}{path.stem}_{mark}", path)
     module = sys.modules[spec.name] = module_from_spec(spec)
     if str(path.parent) not in sys.path: sys.path.append(str(path.parent))  # for its neighbours
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))  # past any old .pyc
+        exec(compile(content, str(path), "exec"), vars(module))  # past any old .pyc
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == str(path)] or [getattr(error, "lineno", "?")]
@@ -535,7 +539,7 @@ def find_reward(
         if "," in str(path):
             raise ValueError(f"the reward {name!r}: commas stand between rewards, and "
                              f"{str(path)!r} has one. Move the file to another folder.")
-        module = module_of_file(path, path.stat().st_mtime_ns)
+        module = module_of_file(path, path.read_bytes())
     else:
         try:
             module = importlib.import_module(source)
@@ -620,6 +624,19 @@ def absolute_name(
     "The same, of any folder: a file's name in full."
     source, _, attribute = name.rpartition(":")
     return f"{Path(source).absolute()}:{attribute}" if source.endswith(".py") else name
+
+
+def name_in_a_file(
+    reward_fn: Callable,
+) -> str | None:  # "/where/rewards.py:redness"; None: it is from none
+    "What `find_reward` found it as, or the class that it is of."
+    modules = [module for name, module in sys.modules.items() if name.startswith(FROM_FILES)]
+    own = [module for module in modules if module.__name__ == type(reward_fn).__module__]
+    for thing, places in ((reward_fn, modules), (type(reward_fn), own)):
+        for module in places:
+            for attribute, value in vars(module).items():
+                if value is thing: return f"{module.__file__}:{attribute}"
+    return None
 
 # %% ../nbs/03_rewards.ipynb 47
 def make_reward(

@@ -61,7 +61,7 @@ def measured_batch(
     "How many rows it is cheapest to train at a time. Leaves no gradient behind."
     network = network_of(pipe)
     steps = trained_steps(config.num_timesteps, config.timestep_fraction, config.which_steps)
-    shape = latents_shape(pipe, 1, config.img_size, config.img_size)[1:]
+    shape = latents_shape(pipe, 1, *config.sides)[1:]
     device, shares = network.device, config.gradient_accumulation * processes().num_processes
     part = -(-min(config.batch_size, config.num_samples_per_epoch) // shares)
     if device.type not in ("cpu", "cuda"): return part * (1 + words.guided)  # a clock is not enough

@@ -7,7 +7,6 @@ __all__ = ['PROMPTS', 'PRESETS', 'DDPOConfig', 'make_prompt_fn', 'make_config', 
            'fresh_prompts', 'evaluate', 'verdict']
 
 # %% ../nbs/06_training.ipynb 4
-import copy
 import math
 import random
 import sys
@@ -33,12 +32,23 @@ from ddpo_scratch.checks import (
     Skipped,
     check_field,
     check_finite,
+    check_image_size,
     check_installed,
     check_policy_arguments,
     check_reward_fn,
-    check_size,
 )
-from .lora import LORA_TARGETS, AdapterOff, add_lora, check_lora, trained_weights
+from ddpo_scratch.lora import (
+    LORA_TARGETS,
+    AdapterOff,
+    adapter_settings,
+    adapters_of,
+    add_lora,
+    check_lora,
+    frozen_copy,
+    in_float32,
+    load_lora,
+    trained_weights,
+)
 from .loss import choose_steps, compute_loss, named_steps
 from ddpo_scratch.models import (
     Conditioning,
@@ -47,6 +57,7 @@ from ddpo_scratch.models import (
     joined,
     latents_shape,
     network_of,
+    text_encoders,
 )
 from ddpo_scratch.precision import (
     check_precision,
@@ -91,6 +102,13 @@ from ddpo_scratch.speed import (
 from .stat_tracker import PerPromptStatTracker
 
 # %% ../nbs/06_training.ipynb 6
+def sides_of(
+    img_size: int | tuple[int, int],
+) -> tuple[int, int]:  # height and width
+    "Of a square, its side twice."
+    return img_size if isinstance(img_size, tuple) else (img_size, img_size)
+
+
 def plain_value(
     name: str,  # of a setting
     value,      # as YAML or NumPy have it
@@ -102,6 +120,8 @@ def plain_value(
         return ",".join(map(str, value)) or None
     if name == "lora_targets" and isinstance(value, list):
         return tuple(value)
+    if name == "img_size" and isinstance(value, (list, tuple)):
+        return value[0] if len(value) == 2 and value[0] == value[1] else tuple(value)
     value = value.item() if isinstance(value, np.generic) else value
     if name == "which_steps":
         if isinstance(value, str): value = value.split(",")
@@ -119,7 +139,7 @@ class DDPOConfig:
     reward: str = "aesthetic"  # a name, yours (rewards.py:redness), or a sum: aesthetic:1,animal:2
     scale_rewards: bool = True  # count the parts of a sum in their own deviations, else as they are
     eval_rewards: str | None = None  # others, after commas, that are watched and not trained on
-    img_size: int = 512  # height and width of a picture, pixels, a multiple of 8, or of 16
+    img_size: int | tuple[int, int] = 512  # pixels; of a square its side, else height and width
     seed: int = 0  # of prompts, noise and shuffling
 
     num_epochs: int = 50  # rounds of sampling and updating
@@ -132,9 +152,10 @@ class DDPOConfig:
     num_eval_samples: int = 128  # fresh pictures that judge the model before and after training
 
     lora_rank: int = 0  # rank of the adapter that is trained in place of the UNet; 0: all weights
+    lora_from: str | None = None  # folder of an adapter to go on from; the three around follow
     lora_alpha: float | None = None  # the adapter is scaled by lora_alpha / lora_rank; None: by 1
     lora_targets: tuple[str, ...] = LORA_TARGETS  # ends of the names of the modules that get one
-    lr: float = 5e-6  # learning rate of AdamW
+    lr: float | None = None  # learning rate of AdamW; None: 5e-6, and 3e-4 for an adapter
     anneal_lr: bool = False  # lower it in a straight line, to 0 after the last epoch
     batch_size: int = 4  # pictures of one optimiser step, at most
     weight_decay: float = 1e-4  # of AdamW
@@ -156,7 +177,7 @@ class DDPOConfig:
     precision: str = "fp32"  # of the UNet's arithmetic: fp32, bf16 or fp16; what is trained is fp32
     gradient_checkpointing: bool = True  # less memory in the backward pass, a third more time
     use_8bit_adam: bool = False  # AdamW's averages in 8 bits, by bitsandbytes: a quarter of them
-    offload: bool = False  # VAE and text encoder wait on the CPU while the UNet is updated
+    offload: bool = False  # VAE and text encoders wait on the CPU while they are not needed
     device: str | None = None  # any torch device; None: CUDA if there is one, else the CPU
     save_every: int = 10  # epochs from one checkpoint to the next; there is one at the end, too
     keep: int = 2  # the newest checkpoints that stay while the run goes on
@@ -166,6 +187,7 @@ class DDPOConfig:
     def __post_init__(self):
         if self.buffer_size is None and self.min_count is None:
             object.__setattr__(self, "buffer_size", 32)
+        if self.lr is None: object.__setattr__(self, "lr", 3e-4 if self.lora_rank else 5e-6)
         for setting in fields(self):
             value = plain_value(setting.name, getattr(self, setting.name))
             object.__setattr__(self, setting.name, value)
@@ -173,6 +195,9 @@ class DDPOConfig:
         if not self.lora_rank and (self.lora_alpha, self.lora_targets) != (None, LORA_TARGETS):
             raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank: set "
                              "that, or leave them out.")
+        if self.lora_from and not self.lora_rank:
+            raise ValueError("lora_from wants lora_rank, lora_alpha and lora_targets to be those "
+                             "of the adapter: use make_config, which reads them from it.")
         if given := named_steps(self.which_steps):
             if max(given) >= self.num_timesteps or len(set(given)) < len(given):
                 raise ValueError(f"which_steps {self.which_steps!r}: give numbers from 0 to "
@@ -195,6 +220,11 @@ class DDPOConfig:
         if self.samples_per_prompt > self.buffer_size:
             raise ValueError(f"samples_per_prompt {self.samples_per_prompt} does not fit into a "
                              f"buffer of {self.buffer_size}: make buffer_size at least as large.")
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        "Height and width of a picture, pixels."
+        return sides_of(self.img_size)
 
 # %% ../nbs/06_training.ipynb 9
 PROMPTS: dict[str, Callable[[], str]] = {fn.__name__: fn for fn in (
@@ -219,8 +249,12 @@ PRESETS: dict[str, DDPOConfig] = {
         lora_rank=32, lora_alpha=64.0, lora_targets=tuple(f"attn.{name}" for name in (
             *LORA_TARGETS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")),
         lr=3e-4, batch_size=96, max_grad_norm=9.0, cfg=4.5, eta=0.7, clip_advantages=5.0,
-        kl_coef=1e-3, buffer_size=24, min_count=12, sample_batch_size=8, max_unet_batch=16),
+        kl_coef=1e-3, buffer_size=24, min_count=12, sample_batch_size=8, max_unet_batch=16,
+        offload=True),
 }
+PRESETS["flux"] = replace(
+    PRESETS["sd35"], pipeline="black-forest-labs/FLUX.1-dev", precision="bf16", num_timesteps=6,
+    cfg=3.5, eta=0.9, kl_coef=0.0, clip_ratio=1e-3, sample_batch_size=3, max_unet_batch=3)
 
 
 def make_prompt_fn(
@@ -242,6 +276,10 @@ def make_config(
     "A preset with changes. `ValueError` with the known presets if there is none of that name."
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}. Known: {', '.join(sorted(PRESETS))}.")
+    if changes.get("lora_from"):
+        changes = adapter_settings(changes["lora_from"]) | changes
+    if changes.get("lora_rank") and not PRESETS[preset].lora_rank:  # an adapter wants larger steps
+        changes = {"lr": 1e-3 if preset == "emoji" else None} | changes
     counts = {"buffer_size", "min_count"}
     if len(counts & changes.keys()) == 1:  # the other follows from it
         changes.update(dict.fromkeys(counts - changes.keys()))
@@ -251,7 +289,7 @@ def make_config(
 def sample_pictures(
     prompts: list[str],               # B prompts
     pipe: DiffusionPipeline,
-    image_size: int,                  # height and width, pixels
+    image_size: int | tuple[int, int],  # a square's side, or height and width, pixels
     cfg: float,                       # guidance scale; at most 1: none
     num_timesteps: int,               # T
     decoding_fn: Callable,            # (latents, pipe) → pictures, uint8, [B, H, W, 3]
@@ -262,7 +300,7 @@ def sample_pictures(
 ) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:  # pictures, all_step_preds, log_probs
     "A batch of pictures and how they came about. Latents that are NaN raise."
     latents, all_step_preds, log_probs = sd_sample(
-        prompts, pipe, image_size, image_size, cfg, num_timesteps, eta, device, generator, words)
+        prompts, pipe, *sides_of(image_size), cfg, num_timesteps, eta, device, generator, words)
     check_finite(all_step_preds, prompts)
     return decoding_fn(latents, pipe), all_step_preds, log_probs
 
@@ -270,7 +308,7 @@ def sample_pictures(
 def sample_and_calculate_rewards(
     prompts: list[str],               # B prompts
     pipe: DiffusionPipeline,
-    image_size: int,                  # height and width, pixels
+    image_size: int | tuple[int, int],  # a square's side, or height and width, pixels
     cfg: float,                       # guidance scale; at most 1: none
     num_timesteps: int,               # T
     decoding_fn: Callable,            # (latents, pipe) → pictures, uint8, [B, H, W, 3]
@@ -417,19 +455,38 @@ def warn_of_much_noise(
     if a > most:
         warnings.warn(f"eta = {a} is so much noise for {len(level)} steps of this model that it "
                       "sees latents far noisier than it was trained on: take at most "
-                      f"{math.floor(20 * most) / 20:g}.", stacklevel=3)
+                      f"{math.floor(20 * most) / 20:g}.", stacklevel=4)
 
 # %% ../nbs/06_training.ipynb 21
+def schedule_of(
+    config: DDPOConfig,
+    pipe: DiffusionPipeline,
+) -> Schedule:
+    "The tables of a run's walk."
+    shape = latents_shape(pipe, 1, *config.sides)
+    return make_schedule(pipe, config.num_timesteps, config.eta, *shape[2:])
+
+
+def check_adapter(
+    config: DDPOConfig,
+) -> None:
+    "`ValueError` where the adapter to go on from is not the one that the configuration describes."
+    for name, found in adapter_settings(config.lora_from).items():
+        given = getattr(config, name)
+        if (set(given) if name == "lora_targets" else given) != (
+                set(found) if name == "lora_targets" else found):
+            raise ValueError(f"{name} is {given!r}, and that of the adapter in "
+                             f"{config.lora_from!r} is {found!r}: leave it out.")
+
+
 def check_run(
     config: DDPOConfig,
     pipe: DiffusionPipeline,
 ) -> None:
     "`TypeError` or `ValueError` where the pipeline cannot do what the configuration says."
     check_policy_arguments(["a prompt"], pipe, config.cfg, config.num_timesteps, config.eta)
-    check_size(pipe, img_size=config.img_size)
-    shape = latents_shape(pipe, 1, config.img_size, config.img_size)
-    schedule = make_schedule(pipe, config.num_timesteps, config.eta, *shape[2:])
-    if schedule.prediction_type == "flow": warn_of_much_noise(config.eta, schedule)
+    check_image_size(pipe, config.sides)
+    schedule = schedule_of(config, pipe)
     check_precision(config.precision, pipe.device)
     if config.compile: check_compiler(pipe.device)
     if (given := named_steps(config.which_steps)) and not schedule.std[given].any():
@@ -442,7 +499,8 @@ def check_run(
                          f"{config.num_samples_per_epoch} samples: raise num_samples_per_epoch.")
     name, unet = family_of(pipe).network, network_of(pipe)
     if config.lora_rank: check_lora(unet, config.lora_targets)
-    if unet.dtype not in (torch.float32, torch.float64) and not config.lora_rank:
+    if config.lora_from: check_adapter(config)
+    if not (config.lora_rank or adapters_of(unet) or unet.dtype in (torch.float32, torch.float64)):
         raise ValueError(f"the {name} is in {str(unet.dtype).removeprefix('torch.')}, in which "
                          f"small steps are lost. Call pipe.{name}.float() before training, or "
                          "train an adapter over it (lora_rank), whose weights are in float32.")
@@ -528,14 +586,17 @@ class TrainingState:
     ):
         check_run(config, pipe)
         set_seed(config.seed)
-        unet = network_of(pipe)
-        if config.lora_rank:
+        schedule = schedule_of(config, pipe)
+        if schedule.prediction_type == "flow": warn_of_much_noise(config.eta, schedule)
+        unet, is_new = network_of(pipe), config.lora_rank and not config.lora_from
+        if config.lora_from: load_lora(pipe, config.lora_from)
+        elif config.lora_rank:
             add_lora(unet, config.lora_rank, config.lora_alpha, config.lora_targets)
+        elif adapters_of(unet): in_float32(unet)
         self.weights = trained_weights(unet)
         same_everywhere(unet)
         self.reference = None if config.kl_coef == 0 else (
-            AdapterOff(unet) if config.lora_rank else
-            copy.deepcopy(unet).requires_grad_(False).eval())
+            AdapterOff(unet) if is_new else frozen_copy(unet))
         self.compiled = Compiled(unet, self.reference) if config.compile else nullcontext()
         self.optimizer = make_optimizer(self.weights, config)
         self.scaler = torch.amp.GradScaler(
@@ -544,6 +605,7 @@ class TrainingState:
         self.tracker = PerPromptStatTracker(config.buffer_size, config.min_count)
         self.skipped, self.unet_batch = Skipped(), config.max_unet_batch
         self.shuffler = torch.Generator().manual_seed(config.seed)
+        self.sample_batch_size = config.sample_batch_size  # of the batches under way
         self.units = {}  # of a `WeightedSum`
         self.random = random_states()  # of the prompts
         self.history, self.now = [], Epoch()
@@ -651,7 +713,9 @@ def train(
             now.prompts = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
         encoded.read(now.prompts)
         batches = sampling_batches(count, config.sample_batch_size)
-        with OneBehind(partial(raw_scores, reward_fn, eval_rewards), now.samples, beside) as behind:
+        score = partial(raw_scores, reward_fn, eval_rewards)
+        with (on_the_cpu(config.offload, *text_encoders(pipe)),
+              OneBehind(score, now.samples, beside) as behind):
             for batch in progress_bar(batches[len(now.samples):], parent=bar):
                 noise = noise_sources(config.seed, TRAINING, (epoch * count + batch).tolist())
                 prompts = [now.prompts[i] for i in batch]
@@ -659,8 +723,8 @@ def train(
                     with in_precision(config.precision, unet), state.compiled:
                         images, *walk = sample_pictures(
                             prompts, pipe, config.img_size, config.cfg, config.num_timesteps,
-                            decoding_fn, pipe.device, config.eta, noise,
-                            encoded(prompts, pipe.device))
+                            decoding_fn, unet.device, config.eta, noise,
+                            encoded(prompts, unet.device))
                     behind.put(images, prompts, *map(off, walk))
                 on_batch()
         if now.advantages is None: now.samples = gathered(now.samples)
@@ -739,18 +803,20 @@ def all_scores(
     "Pictures for these prompts, each always from the same noise, and all that they are worth."
     if len(prompts) == 0:
         raise ValueError("prompts is empty: give at least one prompt.")
-    images, scores, encoded = [], [], Encoded(pipe, config)
+    images, scores, encoded, network = [], [], Encoded(pipe, config), network_of(pipe)
     encoded.read(prompts)
-    for batch in sampling_batches(len(prompts), config.sample_batch_size):
-        if len(batch) == 0: continue
-        asked = [prompts[i] for i in batch]
-        with in_precision(config.precision, network_of(pipe)):
-            imgs, _, _ = sample_pictures(
-                asked, pipe, config.img_size, config.cfg, config.num_timesteps, decoding_fn,
-                pipe.device, config.eta, noise_sources(config.seed, EVALUATION, batch.tolist()),
-                encoded(asked, pipe.device))
-        images.append(imgs)
-        scores.append(raw_scores(reward_fn, eval_rewards, imgs, asked))
+    with on_the_cpu(config.offload, *text_encoders(pipe)):
+        for batch in sampling_batches(len(prompts), config.sample_batch_size):
+            if len(batch) == 0: continue
+            asked = [prompts[i] for i in batch]
+            with in_precision(config.precision, network):
+                imgs, _, _ = sample_pictures(
+                    asked, pipe, config.img_size, config.cfg, config.num_timesteps, decoding_fn,
+                    network.device, config.eta,
+                    noise_sources(config.seed, EVALUATION, batch.tolist()),
+                    encoded(asked, network.device))
+            images.append(imgs)
+            scores.append(raw_scores(reward_fn, eval_rewards, imgs, asked))
     return np.concatenate(gathered(images)), with_total(reward_fn, gathered(scores))
 
 # %% ../nbs/06_training.ipynb 40

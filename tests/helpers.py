@@ -164,8 +164,9 @@ def last_line(done):
 
 
 def as_flags(settings):
-    "Settings as the command takes them."
-    return [f"--{name}={value}" for name, value in settings.items()]
+    "Settings as the command takes them; of a small model, with the small model's preset."
+    preset = ["--preset=emoji"] * ("pipeline" in settings)
+    return preset + [f"--{name}={value}" for name, value in settings.items()]
 
 
 def run_card(folder, base=None):

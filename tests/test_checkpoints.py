@@ -3,22 +3,28 @@ import csv
 import io
 import os
 import random
+import re
 import shutil
 import signal
 import time
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 
 from ddpo_scratch.checkpoints import (
     Stopped,
+    at_one_stroke,
     checkpoints_in,
+    find_again,
     load_checkpoint,
     newest_intact,
     random_states,
@@ -28,10 +34,10 @@ from ddpo_scratch.checkpoints import (
     state_to_dict,
     stop_after_a_batch,
 )
-from ddpo_scratch.cli import parse, run_training
+from ddpo_scratch.cli import parse, run_training, unfinished_until_the_end
 from ddpo_scratch.prompts import emoji_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum
-from ddpo_scratch.training import TrainingState, make_config, train
+from ddpo_scratch.training import DDPOConfig, TrainingState, make_config, train
 from helpers import Started, as_flags, ddpo_train, flat, opened, twin
 
 SMALL = dict(num_epochs=4, num_samples_per_epoch=4, samples_per_prompt=2, num_eval_samples=2,
@@ -206,7 +212,7 @@ def test_a_run_may_grow_and_change_in_no_other_way():
         run(short, num_epochs=2)
         flags = ["--resume", str(short)]
         with pytest.raises(ValueError, match="its end, after 2 epochs.*--num_epochs"): parse(flags)
-        with pytest.raises(ValueError, match="num_epochs was 2 and is 1.*may change, and grow"):
+        with pytest.raises(ValueError, match="num_epochs was 2 and is 1.*num_epochs may grow"):
             parse([*flags, "--num_epochs", "1"])
         with pytest.raises(ValueError, match="lr was 0.00013 and is 1.0; cfg was 1.0 and is 3.0"):
             parse([*flags, "--num_epochs", "4", "--lr", "1", "--cfg", "3"])
@@ -216,13 +222,107 @@ def test_a_run_may_grow_and_change_in_no_other_way():
             parse([*flags, "--preset", "blog"])
         with pytest.raises(ValueError, match="none.config.yaml' cannot be read"):
             parse(["--resume", f"{runs}/none"])
-        config, name, folder, *_ = parse([*flags, "--num_epochs", "4"])
+        config, _, name, folder, _ = parse([*flags, "--num_epochs", "4"])
         assert (config.num_epochs, name, folder) == (4, None, short)
         assert torch.equal(run(short, True, num_epochs=4), run(whole, num_epochs=4))
         assert numbers(short) == numbers(whole)
         assert {path.name for path in short.iterdir()} == {path.name for path in whole.iterdir()}
         kept, = checkpoints_in(short / "checkpoints")
         assert kept.name == "00004"
+
+
+def test_the_machine_may_change(tmp_path):
+    "Settings that change no result: noted in config.yaml, from which epoch; the same training."
+    def run(name, resume=False, **changes):
+        pipe = twin("sd2")
+        run_training(make_config("emoji", **SMALL | changes), pipe, emoji_animal_prompts,
+                     JPEGCompressibility(), tmp_path / name, resume)
+        return flat(pipe)
+    begun = flat(twin("sd2"))
+    whole = run("whole", num_epochs=3, lr=1e-3) - begun
+    run("x", num_epochs=2, lr=1e-3)
+    run("x", True, num_epochs=3, lr=1e-3, max_unet_batch=1, sample_batch_size=1, save_every=7,
+        gradient_accumulation=2, skip_clipped=False, gradient_checkpointing=True, offload=True)
+    text = (tmp_path / "x" / "config.yaml").read_text()
+    again = run("x", True, num_epochs=4, lr=1e-3, max_unet_batch=1, sample_batch_size=2)
+    later = (tmp_path / "x" / "config.yaml").read_text()
+    first, second = (set(re.findall("^# (.*)$", part, re.M)) for part in (text, later))
+    assert "from epoch 3 on: max_unet_batch 1, before 32" in first and len(first) == 8
+    assert first < second and "from epoch 4 on: sample_batch_size 2, before 1" in second
+    assert DDPOConfig(**yaml.safe_load(later)).sample_batch_size == 2
+    for name, value in dict(precision="bf16", lr=2e-3, num_samples_per_epoch=6).items():
+        with pytest.raises(ValueError, match=f"{name} was"):
+            run("x", True, **dict(num_epochs=5, lr=1e-3) | {name: value})
+    assert again.isfinite().all()
+    run("y", num_epochs=2, lr=1e-3)
+    same = run("y", True, num_epochs=3, lr=1e-3, max_unet_batch=1, sample_batch_size=1) - begun
+    assert (same - whole).norm() < 0.05 * whole.norm()
+
+
+def test_other_batches_of_samples_after_a_stop():
+    "Stopped in the middle of sampling: samples are drawn again, each once, and the same."
+    config = make_config("emoji", **SMALL | dict(num_epochs=1, num_samples_per_epoch=6))
+    def drawn(config, stop_after=None, checkpoint=None):
+        pipe, seen = twin("sd2"), []
+        state, calls = TrainingState(config, pipe), []
+        if checkpoint: load_checkpoint(checkpoint, pipe, state)
+        def on_batch():
+            calls.append(1)
+            if state.now.advantages is not None: raise Stopped("SIGTERM")
+            if len(calls) == stop_after: raise Stopped("SIGTERM")
+        def noted(images, prompts):
+            seen.extend(prompts)
+            return images.mean((1, 2, 3))
+        names = iter(range(99))
+        try: train(config, pipe, lambda: str(next(names)), noted, on_batch=on_batch, state=state)
+        except Stopped: pass
+        return pipe, state, seen
+    _, _, whole = drawn(config)
+    pipe, state, _ = drawn(config, 1)
+    with TemporaryDirectory() as folder:
+        checkpoint = save_checkpoint(Path(folder), 1, pipe, state, {})
+        for size in (1, 2, 3, 5):
+            seen = drawn(replace(config, sample_batch_size=size), checkpoint=checkpoint)[2]
+            assert seen == (whole if size != 2 else whole[-len(seen):]), size
+
+
+def test_a_folder_is_never_gone():
+    "A kill at any moment of replacing a folder: the old or the new one is there, or found again."
+    with TemporaryDirectory() as room:
+        path = Path(room) / "lora"
+        def write(content, die_at=None):
+            calls, real = [], os.replace
+            def replace_or_die(*names):
+                calls.append(1)
+                if len(calls) == die_at: raise KeyboardInterrupt
+                real(*names)
+            with patch.object(os, "replace", replace_or_die), at_one_stroke(path) as part:
+                part.mkdir()
+                (part / "x").write_text(content)
+        write("first")
+        for die_at, content in ((1, "second"), (2, "third")):
+            with pytest.raises(KeyboardInterrupt): write(content, die_at)
+            find_again(path)
+            assert (path / "x").read_text() == "first"
+        write("fourth")
+        assert (path / "x").read_text() == "fourth" and os.listdir(room) == ["lora"]
+        checkpoints, pipe = Path(room) / "checkpoints", twin("sd2")
+        state = TrainingState(make_config("emoji", **SMALL), pipe)
+        made = save_checkpoint(checkpoints, 1, pipe, state, {})
+        made.rename(f"{made}.old")
+        assert newest_intact(checkpoints) == made
+
+
+def test_a_lock_is_one_file():
+    "Who waits for it while another ends holds what a third one asks for."
+    with TemporaryDirectory() as folder:
+        folder = Path(folder) / "run"
+        with unfinished_until_the_end(folder, False):
+            there = (folder / ".lock").stat().st_ino
+        with FileLock(folder / ".lock"):
+            assert (folder / ".lock").stat().st_ino == there
+            with pytest.raises(ValueError, match="still going on"):
+                with unfinished_until_the_end(folder, True): pass
 
 
 def test_what_people_do_to_a_run():

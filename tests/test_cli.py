@@ -11,7 +11,7 @@ import sys
 import time
 from base64 import b64decode
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields, replace
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,19 +34,22 @@ from ddpo_scratch.cli import (
     GROUPS,
     Command,
     check_run_name,
+    image_grid,
     main,
     parse,
     plain_reward,
+    preset_for,
     run_folder,
     run_training,
     what_ran,
 )
 from ddpo_scratch.prompts import emoji_animal_prompts
-from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum
+from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum, make_reward
 from ddpo_scratch.training import (
     EVALUATION,
     PRESETS,
     DDPOConfig,
+    check_run,
     make_config,
     noise_sources,
 )
@@ -59,7 +62,7 @@ SMALL = dict(num_epochs=2, num_samples_per_epoch=5, samples_per_prompt=1, num_ev
 @pytest.fixture
 def flags(twins):
     "Of a small run of a small twin."
-    return [*as_flags(SMALL), f"--pipeline={twins['sd2']}"]
+    return [*as_flags(SMALL), f"--pipeline={twins['sd2']}", "--preset=emoji"]
 
 
 def called(folder, *flags):
@@ -105,7 +108,7 @@ def test_the_command_leaves_a_whole_run(model, twins):
         assert re.search(right, done.stdout, re.M)
         path = Path(folder) / "runs" / "first"
         assert sorted(p.name for p in path.iterdir()) == [
-            "after.png", "before.png", "checkpoints", "config.yaml", "evaluation.csv",
+            ".lock", "after.png", "before.png", "checkpoints", "config.yaml", "evaluation.csv",
             "metrics.csv", "pipeline", "progress.gif", "progress.png", "reward_curve.png",
             "versions.yaml"]
         for picture in path.glob("*.png"): Image.open(picture).verify()
@@ -148,7 +151,7 @@ def test_flags_and_presets():
     "Flags change the preset's defaults and nothing else."
     emoji, blog = PRESETS["emoji"], PRESETS["blog"]
     assert parse([]) == Command(emoji) and parse(["--preset", "blog"]).config == blog
-    assert parse(["--preset=blog", "--name", "x"]) == Command(blog, "x", None, False)
+    assert parse(["--preset=blog", "--name", "x"]) == Command(blog, None, "x", None, False)
     config, *_ = parse(["--preset", "blog", "--lr", "3e-6", "--no_gradient_checkpointing",
                        "--device", "cpu"])
     assert config == make_config("blog", lr=3e-6, gradient_checkpointing=False, device="cpu")
@@ -163,6 +166,67 @@ def test_flags_and_presets():
                            ("--push_to_hub=", "owner/name, not ''"),
                            ("--buffer_size 0", "buffer_size must be")):
         with pytest.raises(ValueError, match=message): parse(flags.split())
+
+
+def test_the_preset_follows_from_the_model(twins, tmp_path):
+    "By family, of a folder or a name; the embedded models have their own, also after training."
+    for name, preset in (("sd2", "blog"), ("sdxl", "sdxl"), ("sd3", "sd35"), ("flux-dev", "flux")):
+        assert preset_for(twins[name]) == preset
+    for name in ("CompVis/stable-diffusion-v1-4", "stabilityai/stable-diffusion-xl-base-1.0",
+                 "stabilityai/stable-diffusion-3.5-medium", "black-forest-labs/FLUX.1-dev"):
+        found = parse(["--pipeline", name])
+        assert PRESETS[found.preset] == found.config and found.config.pipeline == name
+    for name in ("emoji", "emoji_flow"):
+        embedded(name).save_pretrained(tmp_path / name)
+        assert preset_for(name) == preset_for(str(tmp_path / name)) == "emoji"
+    xl = "stabilityai/stable-diffusion-xl-base-1.0"
+    told = parse(["--pipeline", xl, "--preset", "blog"])
+    assert told == Command(make_config("blog", pipeline=xl))
+    (tmp_path / "some.yaml").write_text(f"pipeline: {xl}\nlr: 0.1")
+    assert parse(["--config", f"{tmp_path}/some.yaml"]).config == make_config("sdxl", lr=0.1)
+    said, wrong = called(tmp_path, f"--pipeline={twins['sdxl']}", "--name=a/b",
+                         "--reward=jpeg_compressibility")
+    assert said == ["preset sdxl, for this model's family (--preset names another)"]
+    assert "a plain name" in wrong
+
+
+def test_a_size_that_cannot_be_meant_is_refused():
+    "The embedded preset's 64 pixels, of a model that was made for a thousand."
+    pipe = twin("sdxl")
+    pipe.unet.register_to_config(sample_size=128)
+    with pytest.raises(ValueError, match="64 is less than a quarter of the 1024 pixels"):
+        check_run(make_config("emoji", cfg=1.0), pipe)
+    with pytest.raises(ValueError, match="img_size 64 is less"):
+        check_run(make_config("emoji", img_size=(1024, 64)), pipe)
+    check_run(make_config("emoji", img_size=256), pipe)
+
+
+def test_an_adapter_has_a_learning_rate_of_its_own(tmp_path):
+    "Where none is given: of ddpo-pytorch and TRL, and ten times as much for the embedded model."
+    for flags, lr in (("--preset blog", 5e-6), ("--preset blog --lora_rank 16", 3e-4),
+                      ("--preset blog --lora-rank=16 --lr 1e-5", 1e-5), ("", 1.3e-4),
+                      ("--lora_rank 8", 1e-3), ("--preset sdxl --lora_rank 64", 3e-4)):
+        assert parse(flags.split()).config.lr == lr, flags
+    assert DDPOConfig().lr == 5e-6 and DDPOConfig(lora_rank=2).lr == 3e-4
+    assert make_config("emoji", lora_rank=8).lr == 1e-3
+    (tmp_path / "some.yaml").write_text("cfg: 2")
+    assert parse(["--config", f"{tmp_path}/some.yaml", "--lora_rank", "4"]).config.lr == 1e-3
+
+
+def test_pictures_need_not_be_square(flags, tmp_path):
+    "Height and width: pictures, the card's code, the plan; and one number where they are equal."
+    lines, wrong = called(tmp_path, *flags, "--img_size", "48", "32", "--name", "x")
+    assert wrong is None, wrong
+    path = tmp_path / "runs" / "x"
+    assert yaml.safe_load((path / "config.yaml").read_text())["img_size"] == [48, 32]
+    assert opened_by_its_card(path / "pipeline").size == (32, 48)
+    assert "48 × 32 pixels" in (path / "pipeline" / "README.md").read_text()
+    lines, wrong = called(tmp_path, "--resume", "runs/x", "--num_epochs", "3")
+    assert wrong is None and any(line.startswith("epoch   3") for line in lines)
+    config = parse([*flags, "--img_size", "32", "32"]).config
+    assert config.img_size == 32 and config.sides == (32, 32)
+    for bad in ((64, 60), (64,), (64, 64, 64), (64, 0), (64, 8.0), "64"):
+        with pytest.raises(ValueError, match="img_size must be"): make_config("emoji", img_size=bad)
 
 
 def test_settings_from_a_file():
@@ -262,7 +326,7 @@ def test_what_is_written_down_is_what_ran(twins):
         note = (folder / "UNFINISHED.txt").read_text()
         assert "did not finish" in note and "RuntimeError: the scorer has run out of ink" in note
         left = {path.name for path in folder.iterdir()}
-        assert left == {"UNFINISHED.txt", "config.yaml", "versions.yaml", "before.png",
+        assert left == {".lock", "UNFINISHED.txt", "config.yaml", "versions.yaml", "before.png",
                         "progress.gif", "progress.png"}
         config = make_config("emoji", **SMALL, eval_rewards=None)
         with pytest.raises(ValueError, match="not empty"):
@@ -343,6 +407,19 @@ def test_logs():
         assert not (Path(runs) / "none").exists()
 
 
+def test_events_of_a_resumed_run_are_told_once(flags, tmp_path):
+    "TensorBoard after a kill: what was told after the checkpoint is told again, and counts once."
+    run = Started(tmp_path, *flags, "--name=x", "--log_with=tensorboard", "--save_every=8",
+                  "--num_epochs=16")
+    rows = tmp_path / "runs" / "x" / "metrics.csv"
+    assert run.until(lambda: rows.exists() and rows.read_text().count("\n") >= 11)
+    run.end(signal.SIGKILL)
+    wrong = called(tmp_path, "--resume=runs/x")[1]
+    assert wrong is None
+    told = EventAccumulator(str(rows.parent / "tensorboard")).Reload().Scalars("reward_mean")
+    assert [event.step for event in told] == [*range(1, 17)]
+
+
 OWN = """
 from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum
 
@@ -382,13 +459,100 @@ def test_rewards_of_ones_own_are_resumed(flags):
             lines, wrong = called(folder, "--resume", f"runs/{number}", "--num_epochs", "2")
             assert wrong is None and any(line.startswith("epoch   2") for line in lines), wrong
             assert len(list(csv.DictReader((path / "metrics.csv").open()))) == 2
-        with pytest.raises(ValueError, match="could not convert") as left:
-            called(folder, *flags, "--reward", "mine.py:broken", "--eval_rewards", "None")
-        assert "broken" in [frame.name for frame in left.traceback]
-        wrong = called(folder, "--plan", "--reward", "mine.py:rednes")[1]
+        with redirect_stderr(io.StringIO()) as said:
+            wrong = called(folder, *flags, "--reward", "mine.py:broken", "--eval_rewards", "None")
+        assert "in broken\n" in said.getvalue() and "could not convert" in wrong[1]
+        wrong = called(folder, *flags, "--reward", "mine.py:rednes")[1]
         assert "no 'rednes' in mine.py. Did you mean 'redness'" in wrong
         wrong = called(folder, *flags, "--reward", "mine.py:OWN", "--name", "never")[1]
         assert wrong.startswith("ddpo_train: the reward 'mine.py:OWN': there is no 'OWN'")
+
+
+def test_a_file_is_known_by_path_and_content(tmp_path):
+    "Saved again or changed between making and running; two files of one name; a class's object."
+    text = ("def f(images, prompts): return images.mean((1, 2, 3))\n"
+            "class C:\n    def __call__(self, images, prompts): return f(images, prompts)\n"
+            "x = C()\n")
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "r.py").write_text(text + f"mark = {folder!r}\n")
+    a, b = f"{tmp_path}/a/r.py", f"{tmp_path}/b/r.py"
+    both, alone = make_reward(f"{a}:x,{b}:f"), make_reward(f"{a}:C")
+    def name(reward_fn, **changes):
+        return what_ran(make_config("emoji", **changes), twin("sd2"), a_fox, reward_fn).reward
+    for change in (lambda: None, lambda: os.utime(a, (1, 1)), lambda: Path(a).write_text(
+            text + "raise ValueError('it must not be run again')"), lambda: Path(a).unlink()):
+        change()
+        assert name(both, reward=f"{a}:x,{b}:f") == f"{a}:x:1,{b}:f:1"
+        assert name(both.rewards["f"]) == f"{b}:f" and name(alone) == f"{a}:C"
+    one, two = (sys.modules[type(part).__module__ if number == 0 else part.__module__]
+                for number, part in enumerate(both.rewards.values()))
+    assert (one.mark, two.mark) == ("a", "b")
+
+
+def test_planning_runs_nobodys_code(flags, tmp_path):
+    "And running says whose it runs."
+    (tmp_path / "theirs.py").write_text(
+        "open('it_ran', 'w')\ndef f(images, prompts): return images.mean((1, 2, 3))\n")
+    (tmp_path / "theirs.yaml").write_text("reward: theirs.py:f\neval_rewards:\nnum_epochs: 1\n")
+    lines, wrong = called(tmp_path, *flags, "--config", "theirs.yaml", "--plan")
+    assert not wrong and not (tmp_path / "it_ran").exists()
+    assert any("in all, without what theirs.py:f may hold" in line for line in lines)
+    lines, wrong = called(tmp_path, *flags, "--config", "theirs.yaml")
+    assert wrong is None and (tmp_path / "it_ran").exists()
+    assert f"running the code in {tmp_path}/theirs.py:f" in lines
+
+
+def test_a_reward_that_goes_away(flags, tmp_path):
+    "What is done is kept, the error and its traceback are shown, and the run goes on from there."
+    (tmp_path / "mine.py").write_text("""
+import os
+count = []
+def judge(images, prompts):
+    count.append(1)
+    if len(count) == 8 and not os.path.exists("back"): raise ConnectionError("nobody answers")
+    return images.mean((1, 2, 3))
+def none(images, prompts): return None
+""")
+    mine = [*flags, "--num_epochs=4", "--eval_rewards=None", "--save_every=100"]
+    with redirect_stderr(io.StringIO()) as said:
+        wrong = called(tmp_path, *mine, "--reward=mine.py:judge", "--name=x")[1]
+    assert "in judge\n" in said.getvalue() and wrong.startswith("ddpo_train: nobody answers. ")
+    assert "To go on: ddpo_train --resume runs/x" in wrong
+    checkpoint, = (tmp_path / "runs" / "x" / "checkpoints").iterdir()
+    assert checkpoint.name == "00002-00001"  # two epochs, and a batch of two
+    (tmp_path / "back").write_text("")
+    assert called(tmp_path, "--resume=runs/x")[1] is None
+    assert called(tmp_path, *mine, "--reward=mine.py:judge", "--name=whole")[1] is None
+    x, whole = (list(csv.DictReader((tmp_path / "runs" / name / "metrics.csv").open()))
+                for name in ("x", "whole"))
+    assert [row | {"seconds": 0} for row in x] == [row | {"seconds": 0} for row in whole]
+    wrong = called(tmp_path, *mine, "--reward=mine.py:none", "--name=y")[1]
+    assert wrong.startswith("ddpo_train: none must return 2 numbers") and "NoneType" in wrong
+
+
+def test_prompts_are_drawn_as_they_are(flags, tmp_path):
+    "Signs that mean mathematics to matplotlib, in titles, labels and file names."
+    odd = ["a $100% fee", "$_$ cat", r"a \frac{fox", "x^{2 and $", "a_{b", "50% & #"]
+    (tmp_path / "odd.txt").write_text("\n".join(odd))
+    (tmp_path / "m$_.py").write_text("red = lambda images, prompts: images.mean((1, 2, 3))\n")
+    assert called(tmp_path, *flags, "--prompts=odd.txt", "--reward=m$_.py:red", "--name=x",
+                  "--eval_rewards=None", "--num_eval_samples=20")[1] is None
+    assert {row["prompt"] for row in csv.DictReader(
+        (tmp_path / "runs" / "x" / "evaluation.csv").open())} == set(odd)
+    for image, title in zip(np.zeros((2, 1, 8, 8, 3), np.uint8), ("$_$ cat", "a \\$ b")):
+        figure = image_grid(image, [title])
+        figure.canvas.draw()
+        drawn = figure.axes[0].title
+        assert drawn.get_text() == title and not drawn.get_parse_math()
+
+
+def test_a_warning_is_given_once(tmp_path):
+    "Of a flow model's noise, before the first pictures."
+    done = ddpo_train(tmp_path, "--pipeline=emoji_flow", "--eta=5", "--num_epochs=1",
+                      "--num_samples_per_epoch=2", "--samples_per_prompt=1", "--num_timesteps=2",
+                      "--num_eval_samples=2")
+    assert done.returncode == 0 and done.stderr.count("so much noise") == 1, done.stderr
 
 
 def test_what_plain_diffusers_draws_is_measured():
@@ -441,7 +605,7 @@ def test_ctrl_c_ends_in_one_sentence(flags, tmp_path):
         f"runs/long/checkpoints/{checkpoint.name}/pipeline is what was trained, for diffusers. "
         "To go on: ddpo_train --resume runs/long")
     assert {path.name for path in folder.iterdir()} == {
-        "UNFINISHED.txt", "before.png", "checkpoints", "config.yaml", "metrics.csv",
+        ".lock", "UNFINISHED.txt", "before.png", "checkpoints", "config.yaml", "metrics.csv",
         "progress.gif", "progress.png", "reward_curve.png", "versions.yaml"}
     assert "Stopped: SIGINT" in (folder / "UNFINISHED.txt").read_text()
     StableDiffusionPipeline.from_pretrained(checkpoint / "pipeline")

@@ -6,12 +6,21 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
 
-from ddpo_scratch.lora import AdapterOff, add_lora, save_lora
+from ddpo_scratch.lora import (
+    LORA_FILE,
+    AdapterOff,
+    adapter_settings,
+    add_lora,
+    load_lora,
+    save_lora,
+)
+from ddpo_scratch.models import network_of
 from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline, pipeline_source
 from ddpo_scratch.sampling import decoding_fn, sd_sample
-from ddpo_scratch.training import make_config, make_prompt_fn, train
-from helpers import embedded, redness
+from ddpo_scratch.training import TrainingState, make_config, make_prompt_fn, train
+from helpers import embedded, redness, twin
 
 SMALL = dict(num_epochs=2, num_samples_per_epoch=8, samples_per_prompt=1, batch_size=4,
              num_timesteps=3, timestep_fraction=1.0, min_count=8, lora_rank=4, lr=1e-2)
@@ -95,6 +104,58 @@ def test_dropout_does_not_break_the_ratio():
         if name.endswith("lora_B.default"): torch.nn.init.normal_(module.weight, std=0.1)
     pipe.unet.train()
     assert trained_with(pipe, lora_rank=0)[0]["max_log_ratio"] == 0
+
+
+@pytest.mark.parametrize("name", ("sd2", "sd3"))
+def test_training_goes_on_from_an_adapter(name, tmp_path):
+    "Into a base in bf16: trained in float32 from where it was, at divergence 0, saved again."
+    pipe = twin(name)
+    small = SMALL | dict(img_size=32, eta=0.3)
+    trained_with(pipe, **small | dict(lora_alpha=12.0, lora_targets=("to_k", "to_v")))
+    save_lora(pipe, tmp_path / "first")
+    begun = weights(network_of(pipe), adapter=True)
+    config = make_config("emoji", **SMALL | dict(lora_rank=4), eta=0.3, img_size=32, kl_coef=0.1,
+                         precision="bf16", clip_ratio=0.1, lora_from=str(tmp_path / "first"))
+    assert (config.lora_alpha, config.lora_targets) == (12.0, ("to_k", "to_v"))
+    assert make_config("blog", lora_from=str(tmp_path / "first")).lr == 3e-4
+    with pytest.raises(ValueError, match="lora_rank is 8, and that of the adapter in .* is 4"):
+        TrainingState(make_config("emoji", lora_from=str(tmp_path / "first"), lora_rank=8,
+                                  img_size=32), twin(name))
+    again = twin(name).to(torch.bfloat16)
+    again.vae.float()
+    state = TrainingState(config, again)
+    now = weights(network_of(again), adapter=True)
+    assert len(now) == len(begun) and {p.dtype for p in now.values()} == {torch.float32}
+    assert all(torch.equal(p, begun[key.replace("default_0", "default")]) for key, p in now.items())
+    assert {p.dtype for p in weights(network_of(again), False).values()} == {torch.bfloat16}
+    shared = {p.data_ptr() for p in network_of(again).parameters()} & {
+        p.data_ptr() for p in state.reference.parameters()}
+    assert len(shared) == len(weights(network_of(again), False))
+    history = train(config, again, lambda: "a fox", redness, state=state)
+    assert history[0]["ref_kl"] < 1e-4 < history[1]["ref_kl"] and history[0]["grad_norm"] > 0
+    save_lora(again, tmp_path / "second")
+    assert adapter_settings(tmp_path / "second") == adapter_settings(tmp_path / "first")
+    loaded = twin(name)
+    loaded.load_lora_weights(tmp_path / "first")
+    trained_with(loaded, **small | dict(lora_rank=0))  # whoever has loaded it trains it just so
+    assert {p.requires_grad for p in weights(network_of(loaded), False).values()} == {False}
+
+
+def test_folders_that_hold_no_adapter(tmp_path):
+    "Nothing there, no description, another part's, another model's: each in a sentence."
+    def refused(match, pipe=None):
+        with pytest.raises(ValueError, match=match):
+            load_lora(pipe, tmp_path) if pipe else adapter_settings(tmp_path)
+    refused("there is no adapter in")
+    save_file({"unet.to_q.lora_A.weight": torch.zeros(4, 8)}, tmp_path / LORA_FILE)
+    refused("does not say its rank")
+    save_file({"text_encoder.q.lora_A.weight": torch.zeros(4, 8)}, tmp_path / LORA_FILE,
+              {"lora_adapter_metadata": "{}"})
+    refused("an adapter of text_encoder, too")
+    pipe = twin("sdxl")
+    trained_with(pipe, img_size=32)
+    save_lora(pipe, tmp_path)
+    refused("not one of this model's", twin("sd2"))
 
 
 def test_checkpointing_changes_nothing():

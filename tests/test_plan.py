@@ -10,7 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ddpo_scratch.cli import parse
-from ddpo_scratch.models import frozen_parts, network_of
+from ddpo_scratch.lora import add_lora
+from ddpo_scratch.models import frozen_parts, network_of, text_encoders
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.plan import (
     STABLE_DIFFUSION_1,
@@ -19,9 +20,10 @@ from ddpo_scratch.plan import (
     make_plan,
     models,
     plan_text,
+    reward_bytes,
 )
 from ddpo_scratch.precision import DTYPES
-from ddpo_scratch.rewards import JPEGCompressibility
+from ddpo_scratch.rewards import JPEGCompressibility, load_classifier, load_judge
 from ddpo_scratch.training import make_config, train
 from ddpo_scratch.twins import TWINS
 from helpers import embedded, opened
@@ -96,8 +98,9 @@ def test_what_follows_from_a_setting():
     away, small = (make_plan(replace(few, **{name: True})) for name in ("offload", "use_8bit_adam"))
     others = plan.resident["VAE and text encoders"]
     assert not away.resident["VAE and text encoders"] and others == 4 * plan.frozen
-    assert away.peaks == plan.peaks | {phase: plan.peaks[phase] + others
-                                       for phase in ("sampling", "decoding")}
+    vae = 4 * embedded().vae.num_parameters()
+    assert away.peaks == plan.peaks | {"encoding prompts": others} | {
+        phase: plan.peaks[phase] + vae for phase in ("sampling", "decoding")}
     assert small.resident["AdamW's averages"] == pytest.approx(2.1 * trained, rel=0.05)
 
 
@@ -111,9 +114,37 @@ def test_published_numbers_of_parameters():
         network, _, vae, text_encoders = models(config, configurations(config.pipeline))
         assert counts == [sum(p.numel() for name, p in module.named_parameters()
                               if "lora_" not in name) for module in (network, vae, *text_encoders)]
-        assert {p.dtype for module in (network, *text_encoders) for name, p in
-                module.named_parameters() if "lora_" not in name} == {DTYPES[config.precision]}
+        types = {name.split(".")[-2]: p.dtype for module in (network, *text_encoders)
+                 for name, p in module.named_parameters() if "lora_" not in name}
+        assert types.pop("wo", torch.float32) == torch.float32  # as transformers keeps T5's
+        assert {*types.values()} == {DTYPES[config.precision]}
         assert {p.dtype for p in vae.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ("fp16", "bf16"))
+@pytest.mark.parametrize("name", TWINS)
+def test_the_plan_holds_what_a_run_loads(name, precision, twins):
+    "Bytes of every part, with an adapter, in 16 bits: T5's `wo` stays in float32 in fp16 alone."
+    config = make_config("emoji", pipeline=twins[name], lora_rank=2, precision=precision)
+    network, _, vae, readers = models(config, configurations(twins[name]))
+    pipe = load_pipeline(twins[name], "cpu", DTYPES[precision])
+    add_lora(network_of(pipe), 2)
+    def size(*modules):
+        return sum(p.numel() * p.element_size() for part in modules for p in part.parameters())
+    assert size(network) == size(network_of(pipe)) and size(vae) == size(pipe.vae)
+    assert size(*readers) == size(*text_encoders(pipe))
+
+
+def test_models_of_rewards_are_counted():
+    "Published numbers of parameters; each once; one's own cannot be known."
+    assert reward_bytes("pickscore") == 4 * 986_109_441
+    assert reward_bytes("clip_score") == 4 * 427_616_513
+    plan = make_plan(make_config("emoji", reward="animal:1,jpeg_compressibility:2"))
+    assert plan.resident["models of the rewards"] == sum(map(
+        reward_bytes, ("animal", "right_animal"))) == 4 * sum(
+            p.numel() for make in (load_classifier, load_judge) for p in make().parameters())
+    own = make_config("emoji", reward="mine.py:f", eval_rewards=None)
+    assert "without what mine.py:f may hold" in plan_text(own, make_plan(own))
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -2,17 +2,21 @@
 import io
 import math
 import warnings
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ddpo_scratch import cli, training
 from ddpo_scratch.checkpoints import state_from_dict, state_to_dict
+from ddpo_scratch.cli import plain_reward
 from ddpo_scratch.loss import compute_loss
+from ddpo_scratch.models import network_of
 from ddpo_scratch.precision import averages_bytes, in_precision, make_optimizer, on_the_cpu
 from ddpo_scratch.sampling import decoding_fn, encode_prompts, sd_sample
-from ddpo_scratch.training import TrainingState, make_config, make_prompt_fn, train
+from ddpo_scratch.training import TrainingState, evaluate, make_config, make_prompt_fn, train
 from helpers import embedded, fake_gpu, redness, twin
 
 SMALL = dict(num_epochs=1, num_samples_per_epoch=8, samples_per_prompt=1, batch_size=4,
@@ -261,10 +265,38 @@ def test_what_is_offloaded_comes_back():
         raise RuntimeError("in between")
     assert one.device.type == two.device.type == "cuda"
     with on_the_cpu(False, one): assert one.device.type == "cuda"
-    rows, seen = [], []
+    rows = []
     for offload in (False, True):
         pipe, config = twin("sd2"), make_config("emoji", **SMALL, offload=offload)
-        with patch.object(pipe.vae, "to", side_effect=lambda place: seen.append(str(place))):
-            rows += train(config, pipe, lambda: "a fox", redness)
-    assert seen == ["cpu", "cpu"]  # there and back, once an epoch
+        rows += train(config, pipe, lambda: "a fox", redness)
     assert {**rows[0], "seconds": 0} == {**rows[1], "seconds": 0}
+
+
+@pytest.mark.parametrize("name", ("sd2", "sdxl", "sd3", "flux-dev"))
+def test_text_encoders_leave_when_they_have_read(name):
+    "Out of sampling, updates, evaluation and pipe(prompt); the VAE out of updates; and all return."
+    pipe, away, seen = twin(name), set(), set()
+    names = {id(module): part for part, module in pipe.components.items()}
+    readers = {part for part in pipe.components if part.startswith("text_encoder")}
+    @contextmanager
+    def on_the_cpu(when, *modules):
+        gone = {names[id(module)] for module in modules if when} - away
+        away.update(gone)
+        yield
+        away.difference_update(gone)
+    def called(part):
+        return lambda *_: seen.add(
+            (part, "update" if torch.is_grad_enabled() else "", tuple(sorted(away))))
+    for part in readers: pipe.components[part].register_forward_pre_hook(called("read"))
+    network_of(pipe).register_forward_pre_hook(called("network"))
+    pipe.vae.decoder.register_forward_pre_hook(called("decoding"))
+    config = make_config("emoji", **SMALL | dict(num_eval_samples=2), offload=True,
+                         cfg=1.0 if name == "flux-dev" else 3.0)
+    with patch.object(training, "on_the_cpu", on_the_cpu), patch.object(
+            cli, "on_the_cpu", on_the_cpu):
+        evaluate(config, pipe, ["a fox", "an owl"], redness)
+        plain_reward(config, pipe, ["a fox", "an owl"], redness)
+        train(config, pipe, lambda: "a fox", redness)
+    readers = tuple(sorted(readers))
+    assert seen == {("read", "", ()), ("network", "", readers), ("decoding", "", readers),
+                    ("network", "update", (*readers, "vae"))} and not away

@@ -66,6 +66,14 @@ def test_prompts_from_a_file():
             with pytest.raises(ValueError, match="cannot be read"): PromptFile(missing)
 
 
+def test_only_line_ends_end_a_line(tmp_path):
+    "As editors have them; not what `splitlines` takes for one besides."
+    inside = ["a fox\u2029in snow", "an owl\x85at night", "a cat\x0bon a mat", "a\x1cdog\u2028here"]
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "prompts.txt").write_bytes(end.join(inside).encode())
+        assert PromptFile(tmp_path / "prompts.txt").prompts == tuple(inside)
+
+
 def test_prompt_dataset():
     "As many prompts as asked for, whatever the batch size, each from one call."
     calls = iter(range(100))
@@ -76,4 +84,4 @@ def test_prompt_dataset():
     for num in (0, -1, 2.5, "4"):
         with pytest.raises(ValueError, match="at least 1"): PromptDataset(emoji_animal_prompts, num)
     with pytest.raises(TypeError, match="not a str"): PromptDataset("a fox", 4)
-    with pytest.raises(TypeError, match="not the int 7"): PromptDataset(lambda: 7, 4)[0]
+    with pytest.raises(ValueError, match="not the int 7"): PromptDataset(lambda: 7, 4)[0]

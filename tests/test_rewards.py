@@ -329,8 +329,8 @@ def test_what_a_reward_returns_is_not_believed():
     for wrong in (None, [torch.tensor(1.0, requires_grad=True), torch.tensor(2.0)],
                   ["good", "bad"], [None, 1.0], [1.0, [2.0]], ([1.0, 2.0], {}),
                   (np.zeros(2), None), (torch.zeros(2), {"info": 1})):
-        with pytest.raises(TypeError, match="2 numbers"): check_rewards(wrong, prompts)
-    with pytest.raises(TypeError, match=r"a tuple \(Tensor, dict\). Return the first"):
+        with pytest.raises(ValueError, match="2 numbers"): check_rewards(wrong, prompts)
+    with pytest.raises(ValueError, match=r"a tuple \(Tensor, dict\). Return the first"):
         check_rewards((torch.zeros(2), {}), prompts)
     for bad in (float("nan"), float("inf"), -float("inf")):
         with pytest.raises(ValueError, match="picture 1, prompt 'an owl'"):
