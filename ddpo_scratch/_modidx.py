@@ -198,6 +198,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'ddpo_scratch.lora.in_float32': ('lora.html#in_float32', 'ddpo_scratch/lora.py'),
                                    'ddpo_scratch.lora.load_lora': ('lora.html#load_lora', 'ddpo_scratch/lora.py'),
                                    'ddpo_scratch.lora.save_lora': ('lora.html#save_lora', 'ddpo_scratch/lora.py'),
+                                   'ddpo_scratch.lora.set_lora': ('lora.html#set_lora', 'ddpo_scratch/lora.py'),
                                    'ddpo_scratch.lora.trained_weights': ('lora.html#trained_weights', 'ddpo_scratch/lora.py')},
             'ddpo_scratch.loss': { 'ddpo_scratch.loss.StepLoss': ('loss.html#steploss', 'ddpo_scratch/loss.py'),
                                    'ddpo_scratch.loss.choose_steps': ('loss.html#choose_steps', 'ddpo_scratch/loss.py'),

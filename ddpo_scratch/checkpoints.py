@@ -22,11 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file
 from transformers.utils import logging
 
-from .lora import adapters_of, save_lora
+from .lora import LORA_FILE, adapters_of, save_lora, set_lora
 from .models import family_of, network_of
 from .processes import gathered, processes
 
@@ -100,10 +98,8 @@ def load_trained(
 ) -> None:
     "The weights that `save_trained` has saved, into the pipeline's UNet or transformer."
     part, network = family_of(pipe).network, network_of(pipe)
-    if adapters := list(adapters_of(network)):
-        weights = load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-        weights = {name.removeprefix(f"{part}."): weight for name, weight in weights.items()}
-        set_peft_model_state_dict(network, weights, adapter_name=adapters[0])
+    if adapters_of(network):
+        set_lora(pipe, folder / "lora" / LORA_FILE)
     else:
         saved = type(network).from_pretrained(
             folder / "pipeline", subfolder=part, dtype=network.dtype)

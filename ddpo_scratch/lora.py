@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from .models import family_of, network_of
 
@@ -150,6 +151,16 @@ def adapter_settings(
                 lora_targets=tuple(sorted(said["target_modules"])))
 
 
+def set_lora(
+    pipe: DiffusionPipeline,  # with its one adapter
+    path: Path,               # of that adapter's weights
+) -> None:
+    "The weights as they were saved, whatever type those around have."
+    part, network = family_of(pipe).network, network_of(pipe)
+    weights = {name.removeprefix(f"{part}."): x for name, x in load_file(path).items()}
+    set_peft_model_state_dict(network, weights, adapter_name=next(iter(adapters_of(network))))
+
+
 def load_lora(
     pipe: DiffusionPipeline,    # without an adapter; its network is frozen, and gets this one
     folder: str | os.PathLike,  # of `save_lora`
@@ -165,3 +176,4 @@ def load_lora(
                          f"({str(error).splitlines()[0]}).") from error
     for name, weight in network.named_parameters(): weight.requires_grad_("lora_" in name)
     in_float32(network)
+    set_lora(pipe, Path(folder) / LORA_FILE)

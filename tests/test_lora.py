@@ -114,7 +114,7 @@ def test_training_goes_on_from_an_adapter(name, tmp_path):
     trained_with(pipe, **small | dict(lora_alpha=12.0, lora_targets=("to_k", "to_v")))
     save_lora(pipe, tmp_path / "first")
     begun = weights(network_of(pipe), adapter=True)
-    config = make_config("emoji", **SMALL | dict(lora_rank=4), eta=0.3, img_size=32, kl_coef=0.1,
+    config = make_config("emoji", **SMALL | dict(batch_size=8), eta=0.3, img_size=32, kl_coef=0.1,
                          precision="bf16", clip_ratio=0.1, lora_from=str(tmp_path / "first"))
     assert (config.lora_alpha, config.lora_targets) == (12.0, ("to_k", "to_v"))
     assert make_config("blog", lora_from=str(tmp_path / "first")).lr == 3e-4
@@ -132,7 +132,7 @@ def test_training_goes_on_from_an_adapter(name, tmp_path):
         p.data_ptr() for p in state.reference.parameters()}
     assert len(shared) == len(weights(network_of(again), False))
     history = train(config, again, lambda: "a fox", redness, state=state)
-    assert history[0]["ref_kl"] < 1e-4 < history[1]["ref_kl"] and history[0]["grad_norm"] > 0
+    assert history[0]["ref_kl"] == 0 < history[1]["ref_kl"] and history[0]["grad_norm"] > 0
     save_lora(again, tmp_path / "second")
     assert adapter_settings(tmp_path / "second") == adapter_settings(tmp_path / "first")
     loaded = twin(name)
