@@ -275,7 +275,7 @@ def work_as(
 def command_of(
     name: str,        # "plain", "ours" or "TRL"
     work: Work,
-    trl: str | None,  # python of an environment with TRL 0.11.4
+    trl: str | None,  # python of an environment with TRL 0.23.1
     room: str,        # a folder for what TRL writes
 ) -> list[str]:
     "The contender's process."
@@ -290,7 +290,7 @@ def compare(
     work: Work,
     rounds: int,
     names: tuple[str, ...] = ("plain", "ours"),
-    trl: str | None = None,  # python of an environment with TRL 0.11.4, for the contender "TRL"
+    trl: str | None = None,  # python of an environment with TRL 0.23.1, for the contender "TRL"
 ) -> list[dict]:  # a row for each epoch: contender, round, seconds by part, peak in bytes
     "Epochs of all contenders in turn. The first of each, which warms up, is left out."
     rows = []
@@ -333,7 +333,7 @@ def main() -> None:
               worker: str | None = None, work: str = "{}") -> None:
         """Compare this library's loop with the plain one and with TRL's, on the same work.
 
-        rounds: epochs of each that are counted. trl: the python of an environment with TRL 0.11.4.
+        rounds: epochs of each that are counted. trl: the python of an environment with TRL 0.23.1.
         out: the folder for bench.csv and sweep.csv. sweeps: measure sweep.csv instead. work: what
         shall differ from the default, JSON. worker: be a contender (for this command itself)."""
         try:

@@ -52,6 +52,7 @@ from ddpo_scratch.sampling import (
     Schedule,
     decoding_fn,
     pictures_at_once,
+    quiet_loggers,
     sd_sample,
     step_distribution,
 )
@@ -317,7 +318,7 @@ def reward_bytes(
     def clip_vit_l(): return open_clip.create_model(AESTHETIC_CLIP, pretrained=None, device="meta")
     made = {"animal": [new_classifier], "right_animal": [new_judge], "pickscore": [clip_vit_h],
             "clip_score": [clip_vit_l], "aesthetic": [clip_vit_l, partial(MLP, 768)]}
-    with torch.device("meta"):
+    with torch.device("meta"), quiet_loggers("root"):  # open_clip warns that there are no weights
         models = [make() for make in made.get(name, ())]
     return sum(4 * weight.numel() for model in models for weight in model.parameters())
 
@@ -382,7 +383,7 @@ def make_plan(
          "gradients": 4 * trained, "AdamW's averages": averages},
         peaks, 2 * 4 * epoch * (config.num_timesteps + 1) * latents)
 
-# %% ../nbs/15_plan.ipynb 14
+# %% ../nbs/15_plan.ipynb 15
 GPUS = {  # gigabytes, and 10¹² operations a second in fp32 (as TF32) and in 16 bits, says NVIDIA
     "RTX 3090, 24 GB": (25.8, 35.6, 71), "RTX 4090, 24 GB": (25.8, 82.6, 165),
     "A100, 80 GB": (85.9, 156, 312), "H100, 80 GB": (85.9, 495, 989)}
@@ -431,7 +432,7 @@ def duration(seconds: float) -> str:
         if seconds >= size: return f"{seconds / size:6.1f} {unit:3}"
     return f"{max(seconds, 0.1):6.1f} s  "
 
-# %% ../nbs/15_plan.ipynb 21
+# %% ../nbs/15_plan.ipynb 23
 def full_size(
     config: DDPOConfig,  # its pipeline is one of `SHIPPED`
 ) -> DiffusionPipeline:

@@ -10,7 +10,10 @@ import sys
 import time
 
 import torch
+from accelerate import PartialState
 from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+
+PartialState(cpu=True)  # its logger wants to know
 
 work = json.loads(sys.argv[1])
 draw, seconds = random.Random(0), {}

@@ -1,13 +1,24 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
-Each leaves a table beside this file. All but `right`, `samplers`, `flow`, `guidance`, `named` and
-`processes` train and have a line for each look at fresh pictures on the way, and for chapter 9 a
-strip of pictures.
+`groups`, `reinforce`, `steps`, `gamed` and `incompressible` train, and have a line for each look at
+fresh pictures on the way, and for chapter 9 a strip of pictures. The others look at what commands
+have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
 
-`right` and `samplers` look at what `ddpo_train --seed N --name seedN` has left in runs/seed0,
-runs/seed1 and runs/seed2, whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `flow` at
-what `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN` has left in runs/flow0 and
-runs/flow1. The committed pictures were reduced to 256 colours afterwards.
+    ddpo_train --seed N --name seedN
+
+whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `evaluations` at them and at
+
+    ddpo_train --seed N --samples_per_prompt 1 --name queueN
+    ddpo_train --lora_rank 8 --name lora                          (its metrics.csv is lora.csv)
+    ddpo_train --lr 2e-4 --clip_ratio 5e-3 --num_epochs 36 --name hasty
+
+and `flow` at `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`, N 0 and 1. The
+committed pictures were reduced to 256 colours afterwards.
+
+Of groups.csv, reinforce.csv, steps.csv, gamed.csv, incompressible.csv and the flow tables the rows
+were made before noise_sources counted its seeds (November 2026), but for "unclipped" and "with a
+weaker KL penalty": the same commands now draw other noise, and give other rows that say the same
+within their uncertainty.
 """
 import argparse
 import csv
@@ -24,7 +35,7 @@ import numpy as np
 import torch
 
 from ddpo_scratch.cli import csv_text, plain_reward, png_bytes, progress_strip, write_file
-from ddpo_scratch.emoji_model import named_right
+from ddpo_scratch.emoji_model import BACKGROUNDS, named_right
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.prompts import PromptDataset, emoji_common_animal_prompts
 from ddpo_scratch.rewards import (
@@ -57,11 +68,13 @@ GROUPS = {
     "groups": dict(samples_per_prompt=16, buffer_size=32, min_count=8),
 }
 
-# Chapter 5. One update for an epoch's pictures; with the preset's learning rate, or a larger one.
+# Chapter 5. One update for an epoch's pictures, with the preset's learning rate or a larger one;
+# and four, with the ratio and without the clip.
 REINFORCE = GROUPS["running"] | dict(batch_size=128)
 REINFORCES = {
     "reinforce": REINFORCE,
     "reinforce x4": REINFORCE | dict(lr=4 * make_config("emoji").lr),
+    "unclipped": GROUPS["running"] | dict(clip_ratio=1e8),
 }
 
 # Chapter 9. A reward that does not read the prompt, first with large steps; then the cures.
@@ -72,6 +85,7 @@ CURES = {
     "compressibility alone": SMALL_STEPS,
     "with the animal reward": SMALL_STEPS | dict(reward="jpeg_compressibility:1,animal:2"),
     "with a KL penalty": SMALL_STEPS | dict(kl_coef=1.0),
+    "with a weaker KL penalty": SMALL_STEPS | dict(kl_coef=0.1),
 }
 
 
@@ -278,6 +292,51 @@ def named():
     return [{"right": round(named_right(load_pipeline("emoji", "cpu"), judge), 4)}]
 
 
+def ground_of(images):
+    "Of each picture the median colour of its border, [B, 3], and the pixels that are like it."
+    border = np.concatenate([images[:, 0], images[:, -1], images[:, :, 0], images[:, :, -1]], 1)
+    colours = np.median(border, axis=1)
+    return colours, np.abs(images - colours[:, None, None]).max(-1) < 40
+
+
+def backgrounds():
+    """What the classifier thinks of the untrained model's pictures when their ground is recoloured,
+    and which grounds the untrained and the trained models draw; chapter 7."""
+    rows, palette = [], np.array(list(BACKGROUNDS.values()))
+    for seed in (0, 1, 2):
+        config, drawn = make_config("emoji", seed=seed), {}
+        prompts = fresh_prompts(config, make_prompt_fn(config.prompts))
+        for model, source in (("untrained", "emoji"), ("trained", f"runs/seed{seed}/pipeline")):
+            drawn[model], _ = evaluate(config, load_pipeline(source, "cpu"), prompts, no_reward)
+        reward_fn = make_reward("animal", "cpu")
+        images = drawn["untrained"]
+        _, ground = ground_of(images)
+        nearest = {model: np.abs(ground_of(pictures)[0][:, None] - palette).sum(-1).argmin(1)
+                   for model, pictures in drawn.items()}
+        for number, (name, colour) in enumerate(BACKGROUNDS.items()):
+            recoloured = np.where(ground[..., None], np.array(colour, np.uint8), images)
+            rows.append({"seed": seed, "ground": name, "reward of recoloured": round(
+                reward_fn(recoloured, prompts).mean().item(), 4)} | {
+                    model: round(float((near == number).mean()), 4)
+                    for model, near in nearest.items()})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def evaluations():
+    "What the command's own evaluation said of the runs that are in runs/; chapters 4, 7 and 11."
+    rows = []
+    for folder in sorted(Path("runs").iterdir()):
+        if not (folder / "evaluation.csv").exists(): continue
+        found = list(csv.DictReader((folder / "evaluation.csv").open(encoding="utf-8")))
+        def mean(column): return round(float(np.mean([float(row[column]) for row in found])), 4)
+        rows.append({"run": folder.name, "pictures": len(found)} | {
+            f"{name} {when}": mean(column.format(when)) for name, column in (
+                ("reward", "{}"), ("right", "eval_right_animal_{}"))
+            for when in ("before", "after")})
+    return rows
+
+
 PROCESSES = ("--num_epochs 3 --num_samples_per_epoch 11 --samples_per_prompt 1 --batch_size 5 "
              "--sample_batch_size 4 --num_timesteps 4 --num_eval_samples 9 --lr 1e-3 "
              "--reward jpeg_compressibility --name x")
@@ -298,7 +357,7 @@ def processes():
 
 TABLES = {function.__name__: function for function in (
     groups, reinforce, steps, gamed, incompressible, right, samplers, flow, guidance, named,
-    processes)}
+    processes, backgrounds, evaluations)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
