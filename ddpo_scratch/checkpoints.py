@@ -29,14 +29,18 @@ from .models import family_of, network_of
 from .processes import gathered, processes
 
 # %% ../nbs/13_checkpoints.ipynb 5
+def put_away(
+    path: Path,
+) -> Path:
+    "Where a folder is while another takes its place."
+    return path.with_name(f".{path.name}.put-away")
+
+
 def find_again(
     path: Path,
 ) -> None:
     "A folder that a process put away, and was killed before it put the new one in its place."
-    old = path.with_name(path.name + ".old")
-    if not old.is_dir(): return
-    if path.exists(): shutil.rmtree(old)
-    else: os.replace(old, path)
+    if put_away(path).is_dir() and not path.exists(): os.replace(put_away(path), path)
 
 
 @contextmanager
@@ -44,12 +48,13 @@ def at_one_stroke(
     path: Path,  # of a file or a folder; what is there is replaced by its like
 ):
     "A name to write to, which becomes `path` if all goes well and is gone if it does not."
-    part, old = (path.with_name(path.name + ending) for ending in (".part", ".old"))
+    part, old = path.with_name(path.name + ".part"), put_away(path)
     if part.is_dir(): shutil.rmtree(part)  # of a process that was killed
     find_again(path)
+    if old.is_dir(): shutil.rmtree(old)
     try:
         yield part
-        if part.is_dir() and path.is_dir(): os.replace(path, old)  # and is there until it is not
+        if part.is_dir() and path.is_dir(): os.replace(path, old)
         os.replace(part, path)
         if old.is_dir(): shutil.rmtree(old)
     finally:
@@ -231,7 +236,8 @@ def newest_intact(
 ) -> Path | None:     # None: there is none at all
     "The newest checkpoint whose files are what they were; damaged ones are named on the way."
     damaged = []
-    for old in folder.glob("*.old"): find_again(old.with_suffix(""))
+    for old in folder.glob(".*.put-away"):
+        find_again(folder / old.name.removeprefix(".").removesuffix(".put-away"))
     for path in reversed(checkpoints_in(folder)):
         try:
             expected = dict(json.loads((path / "sha256.json").read_text("utf-8")))
@@ -259,6 +265,9 @@ def load_checkpoint(
     "Back to where the run was."
     load_trained(pipe, path)
     saved = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    if "around" not in saved["state"]:
+        raise ValueError(f"{path} was written by an older version, which drew other noise: what it "
+                         "has sampled and judged cannot be compared any more. Begin the run anew.")
     state_from_dict(state, saved["state"])
     return saved["run"]
 

@@ -160,12 +160,25 @@ def check_image_size(
     "`ValueError` for img_size that the model cannot draw, or that cannot be meant."
     names = ("img_size",) if sides[0] == sides[1] else ("img_size's height", "img_size's width")
     check_size(pipe, **dict(zip(names, sides)))
-    own = (network_of(pipe).config.get("sample_size") or 0) * pipe.vae_scale_factor
-    if isinstance(own, int) and min(sides) < own / 4:
+    check_is_meant(sides, network_of(pipe).config.get("sample_size"), pipe.vae_scale_factor)
+
+
+def check_is_meant(
+    sides: tuple[int, int],  # of a picture, pixels
+    sample_size,             # of the network's configuration: of its latents; None: it has none
+    factor: int,             # of the VAE
+) -> None:
+    "`ValueError` for pictures that are far smaller than the model's own."
+    own = sample_size * factor if isinstance(sample_size, int) else 0
+    if min(sides) < own / 4:
         raise ValueError(f"img_size {min(sides)} is less than a quarter of the {own} pixels that "
                          "this model was made for: of so few it draws nothing that can be seen.")
 
 # %% ../nbs/90_checks.ipynb 11
+class Ruined(ValueError):
+    "Latents or updates are not finite: what has been trained is not worth keeping."
+
+
 def check_finite(
     all_step_preds: torch.Tensor,  # trajectories, [T+1, B, C, h, w]
     prompts: list[str],            # B
@@ -174,7 +187,7 @@ def check_finite(
     broken = ~all_step_preds.isfinite().flatten(2).all(2)
     if broken.any():
         step, sample = broken.nonzero()[0].tolist()
-        raise ValueError(
+        raise Ruined(
             f"the latents of picture {sample}, prompt {prompts[sample]!r}, are NaN or infinite "
             f"from step {step} of {len(broken) - 1} on. Usual causes: weights ruined by too "
             "large a learning rate, a damaged checkpoint, half precision.")
@@ -380,7 +393,8 @@ def check_field(
     if name == "img_size":
         sides = value if isinstance(value, tuple) else (value, value)
         whole = all(isinstance(side, numbers.Integral) and side is not True for side in sides)
-        if len(sides) != 2 or not whole or not all(side > 0 and side % 8 == 0 for side in sides):
+        if len(sides) != 2 or not whole or not all(
+                0 < side < 1e6 and side % 8 == 0 for side in sides):
             raise ValueError("img_size must be a multiple of 8 pixels (of 16 for some models), or "
                              f"two of them, height and width; not {value!r}.")
     if name in POSITIVE and not (number(numbers.Real, 0) and value > 0):
@@ -444,7 +458,7 @@ class Skipped:
             return False
         self.in_a_row += 1
         if self.in_a_row == self.most:
-            raise ValueError(
+            raise Ruined(
                 f"{where}: an update that is not finite (loss {loss}, norm of the gradient "
                 f"{grad_norm}), and number {self.most} in a row. {self.CAUSES}")
         return True
@@ -452,7 +466,7 @@ class Skipped:
     def check_epoch(self, watched: list[dict], epoch: int) -> None:
         "`ValueError` for an epoch in which every update was left out."
         if all(update["skipped"] for update in watched):
-            raise ValueError(
+            raise Ruined(
                 f"epoch {epoch}: none of its {len(watched)} updates was finite; the last had the "
                 f"loss {watched[-1]['loss']} and the norm of the gradient "
                 f"{watched[-1]['grad_norm']}. {self.CAUSES}")

@@ -53,7 +53,7 @@ from ddpo_scratch.checkpoints import (
     stop_after_a_batch,
     write_file,
 )
-from .checks import HUB_NAME, check_field, check_reward_fn
+from .checks import HUB_NAME, Ruined, check_field, check_reward_fn
 from .lora import adapters_of
 from .models import family_of, is_flow, latents_shape, network_of, text_encoders
 from .pipelines import EMBEDDED, load_pipeline, pipeline_source
@@ -349,7 +349,8 @@ def check_unchanged(
     if changed:
         raise ValueError(f"a run goes on with the settings that it began with, and in {folder} "
                          f"{'; '.join(changed)}. num_epochs may grow; what may change is "
-                         f"{', '.join(MAY_CHANGE)}.")
+                         f"{', '.join(MAY_CHANGE)}. For anything else, begin anew: --config "
+                         f"{folder / 'config.yaml'} and the flag.")
 
 
 def differences(
@@ -713,7 +714,7 @@ def save_what_is_done(
     save: Callable[[], Path],
 ) -> None:
     "A checkpoint, if a batch is done. The error under way is worth more than one in saving."
-    if not (state.history or state.now.samples or state.now.watched): return
+    if not (state.is_whole and (state.history or state.now.samples or state.now.watched)): return
     try:
         save()
     except Exception as error:
@@ -752,6 +753,8 @@ def run_training(
         if checkpoint:
             run = load_checkpoint(checkpoint, pipe, state)
             check_unchanged(config, DDPOConfig(**run["config"]), folder)
+            changed = {name for name, *_ in differences(DDPOConfig(**run["config"]), config)}
+            if changed & {*MAY_CHANGE}: state.unet_batch = config.max_unet_batch  # measured anew
             say(f"going on from {checkpoint}")
         if resume:
             begun = DDPOConfig(**read_config(folder / "config.yaml"))
@@ -776,8 +779,14 @@ def run_training(
             try:
                 train(config, pipe, prompt_fn, reward_fn, on_epoch, on_batch, state, eval_rewards)
                 on_batch()
-            except BaseException:  # asked to stop, a reward's server that is gone, a full GPU
-                save_what_is_done(state, save)
+            except Stopped:
+                save()
+                raise
+            except Ruined:
+                raise
+            except Exception:  # a reward's server that is gone, a GPU that is full
+                save_what_is_done(state, partial(
+                    save_checkpoint, folder / "checkpoints", config.keep + 1, pipe, state, run))
                 raise
         line = last_look(config, pipe, reward_fn, eval_rewards, folder, run)
         has_adapter = bool(adapters_of(network_of(pipe)))
@@ -879,7 +888,8 @@ def parse(
                 "lora_rank", "lora_from")  # by other settings
     for name in followed:
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
-    given = vars(first.parse_known_args(argv)[0])
+    given = {name: None if value == "None" else value
+             for name, value in vars(first.parse_known_args(argv)[0]).items()}
     preset, file, name, resume, pipeline = map(
         given.pop, ("preset", "config", "name", "resume", "pipeline"))
     if resume == "":
@@ -894,7 +904,7 @@ def parse(
                         for name, value in given.items() if value and (
                             value.isdecimal() or name == "lora_from")})
     pipeline = None if resume or preset else pipeline or changes.get("pipeline")
-    found = preset_for(pipeline) if pipeline else None
+    found = preset_for(pipeline) if pipeline and not {"-h", "--help"} & {*argv} else None
     defaults = asdict(make_config(preset or found or "emoji", **{
         name: changes[name] for name in followed if name in changes and not (
             resume and name.startswith("lora"))}))
@@ -966,7 +976,7 @@ def prepare(
 ) -> tuple:           # the arguments of `run_training`
     "Everything that can be refused, cheap things first; the folder is made last."
     config, preset, name, resume, only_plan = parse(argv)
-    if preset: say(f"preset {preset}, for this model's family (--preset names another)")
+    if preset: say(f"preset {preset}, for this model (--preset names another)")
     if processes().num_processes > 1 and ":" in (config.device or ""):
         raise ValueError(f"device {config.device!r} is one, and each of the "
                          f"{processes().num_processes} processes has its own: give 'cuda' or none.")

@@ -131,24 +131,31 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 
 def adapter_settings(
     folder: str | os.PathLike,  # of `save_lora`
+    part: str | None = None,    # "unet" or "transformer", whose it has to be; None: either's
 ) -> dict:                      # lora_rank, lora_alpha and lora_targets, as `DDPOConfig` has them
-    "What an adapter is like, from its file. `ValueError` for what is no adapter of a UNet alone."
+    "What an adapter is like, from its file. `ValueError` for none, or one of other parts."
     path = Path(folder) / LORA_FILE
     try:
         with safe_open(path, "pt") as file:
             names, said = list(file.keys()), (file.metadata() or {}).get("lora_adapter_metadata")
     except (OSError, SafetensorError) as error:
+        inside = Path(folder) / "lora"
+        hint = f" Did you mean {str(inside)!r}?" if (inside / LORA_FILE).is_file() else ""
         raise ValueError(f"lora_from: there is no adapter in {str(folder)!r} ({error}). A folder "
-                         f"with a {LORA_FILE} is wanted, such as a run's lora/.") from error
+                         f"with a {LORA_FILE} is wanted, such as a run's lora/.{hint}") from error
     if said is None:
         raise ValueError(f"lora_from: {path} does not say its rank and scale. Open it with "
                          "diffusers' load_lora_weights, and save it again with save_lora.")
-    if others := {name.split(".")[0] for name in names} - {"unet", "transformer"}:
-        raise ValueError(f"lora_from: {path} is an adapter of {', '.join(sorted(others))}, too, "
-                         "and only the UNet's or transformer's can be trained.")
+    known = {part} if part else {"unet", "transformer"}
+    if others := {name.split(".")[0] for name in names} - known:
+        raise ValueError(f"lora_from: {path} is an adapter of {' and '.join(sorted(others))}, and "
+                         f"one of {part or 'a UNet or transformer'} alone can be trained here.")
     said = {name.split(".", 1)[1]: value for name, value in json.loads(said).items()}
+    targets = said["target_modules"]
+    if isinstance(targets, str):  # a pattern; what it has found is in the file
+        targets = {name.split(".", 1)[1].rpartition(".lora_")[0] for name in names}
     return dict(lora_rank=said["r"], lora_alpha=float(said["lora_alpha"]),
-                lora_targets=tuple(sorted(said["target_modules"])))
+                lora_targets=tuple(sorted(targets)))
 
 
 def set_lora(

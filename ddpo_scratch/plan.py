@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from .checks import check_is_meant
 from .lora import AdapterOff, add_lora
 from .loss import compute_loss, step_loss, trained_steps
 from ddpo_scratch.models import (
@@ -222,6 +223,7 @@ class Work:
         self.modules = [module for module in (self.network, self.vae, self.reference)
                         if isinstance(module, torch.nn.Module)]
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        check_is_meant(config.sides, made.network.get("sample_size"), self.factor)
         self.sides = [side // self.factor for side in config.sides]
         self.channels = self.network.config.in_channels // self.family.packed
         self.guided = config.cfg > 1 and self.family.guides

@@ -202,12 +202,10 @@ def load_open_clip(
 ) -> nn.Module:
     "`ValueError` where the weights cannot be had, or were trained with another activation."
     wanted = (open_clip.get_model_config(name) or {}).get("quick_gelu", False)
-    if pretrained in open_clip.list_pretrained_tags_by_model(name):
-        tagged = open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False)
-        quick_gelu = tagged if quick_gelu is None else quick_gelu
-    elif quick_gelu is None:
-        quick_gelu = wanted or None
-    if quick_gelu is None and Path(pretrained).exists():
+    if quick_gelu is None:  # tags are known in any spelling
+        tag = open_clip.get_pretrained_cfg(name, pretrained)
+        quick_gelu = tag.get("quick_gelu", False) if tag else wanted or None
+    if quick_gelu is None and Path(pretrained).is_file():
         raise ValueError(f"the file {pretrained!r} does not say whether {name} was trained with "
                          "QuickGELU, as OpenAI's, LAION-400M's and MetaCLIP's were, or with GELU: "
                          "give quick_gelu=True or False.")

@@ -8,6 +8,7 @@ __all__ = ['CLIPScore', 'PickScore', 'VisionJudge']
 # %% ../nbs/17_scorers.ipynb 3
 import base64
 import io
+import math
 import os
 import re
 from collections import deque
@@ -156,9 +157,12 @@ class VisionJudge:
         check_installed("openai", "VisionJudge")
         from openai import OpenAI
         self.url, self.model, self.question, self.to_number = url, model, question, to_number
+        if useless is not None and not math.isfinite(useless):
+            raise ValueError(f"useless must be a finite number or None, not {useless!r}.")
         self.useless, self.workers, self.asking = useless, workers, asking
         options = dict(timeout=60.0, max_retries=3) | client
-        self.key, self.tries = options.pop("api_key", "").strip(), 1 + options["max_retries"]
+        self.key, self.tries = (options.pop("api_key", None) or "").strip(), (
+            1 + options["max_retries"])
         with without_openais_environment():
             self.client = OpenAI(base_url=url, api_key=self.key or "none", **options)
         self.latest = deque(maxlen=100)  # answers: whether each was of use

@@ -21,6 +21,9 @@ from .processes import processes
 from .sampling import make_schedule
 
 # %% ../nbs/20_speed.ipynb 7
+NO_MEMORY = "out of memory|(allocate|enough) memory|_ALLOC_FAILED"  # CUDA's, the CPU's, cuBLAS's
+
+
 def cheapest(
     call: Callable[[int], None],  # a call of so many samples, forward and backward
     first: int,                   # samples, to begin with
@@ -35,7 +38,7 @@ def cheapest(
             try:
                 call(samples)
             except RuntimeError as error:
-                if not re.search("memory|_ALLOC_FAILED", str(error)): raise  # cuBLAS's, cuDNN's
+                if not re.search(NO_MEMORY, str(error)): raise
                 fits = False  # what was made so far is let go with the error
             if device.type == "cuda": (torch.cuda.synchronize if fits else torch.cuda.empty_cache)()
             if not fits: return math.inf

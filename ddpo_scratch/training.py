@@ -121,7 +121,10 @@ def plain_value(
     if name == "lora_targets" and isinstance(value, list):
         return tuple(value)
     if name == "img_size" and isinstance(value, (list, tuple)):
-        return value[0] if len(value) == 2 and value[0] == value[1] else tuple(value)
+        sides = tuple(x.item() if isinstance(x, np.generic) else x for x in value)
+        return sides[0] if len(sides) == 2 and sides[0] == sides[1] else sides
+    if name == "lora_from" and isinstance(value, Path):
+        return str(value)
     value = value.item() if isinstance(value, np.generic) else value
     if name == "which_steps":
         if isinstance(value, str): value = value.split(",")
@@ -152,7 +155,7 @@ class DDPOConfig:
     num_eval_samples: int = 128  # fresh pictures that judge the model before and after training
 
     lora_rank: int = 0  # rank of the adapter that is trained in place of the UNet; 0: all weights
-    lora_from: str | None = None  # folder of an adapter to go on from; the three around follow
+    lora_from: str | None = None  # folder of an adapter to go on from; its rank and scale are used
     lora_alpha: float | None = None  # the adapter is scaled by lora_alpha / lora_rank; None: by 1
     lora_targets: tuple[str, ...] = LORA_TARGETS  # ends of the names of the modules that get one
     lr: float | None = None  # learning rate of AdamW; None: 5e-6, and 3e-4 for an adapter
@@ -278,8 +281,9 @@ def make_config(
         raise ValueError(f"unknown preset {preset!r}. Known: {', '.join(sorted(PRESETS))}.")
     if changes.get("lora_from"):
         changes = adapter_settings(changes["lora_from"]) | changes
-    if changes.get("lora_rank") and not PRESETS[preset].lora_rank:  # an adapter wants larger steps
-        changes = {"lr": 1e-3 if preset == "emoji" else None} | changes
+    if "lora_rank" in changes and bool(changes["lora_rank"]) != bool(PRESETS[preset].lora_rank):
+        larger = 1e-3 if preset == "emoji" and changes["lora_rank"] else None
+        changes = dict(lr=larger, lora_alpha=None, lora_targets=LORA_TARGETS) | changes
     counts = {"buffer_size", "min_count"}
     if len(counts & changes.keys()) == 1:  # the other follows from it
         changes.update(dict.fromkeys(counts - changes.keys()))
@@ -469,14 +473,15 @@ def schedule_of(
 
 def check_adapter(
     config: DDPOConfig,
+    pipe: DiffusionPipeline,
 ) -> None:
     "`ValueError` where the adapter to go on from is not the one that the configuration describes."
-    for name, found in adapter_settings(config.lora_from).items():
+    for name, found in adapter_settings(config.lora_from, family_of(pipe).network).items():
         given = getattr(config, name)
         if (set(given) if name == "lora_targets" else given) != (
                 set(found) if name == "lora_targets" else found):
             raise ValueError(f"{name} is {given!r}, and that of the adapter in "
-                             f"{config.lora_from!r} is {found!r}: leave it out.")
+                             f"{config.lora_from!r} is {found!r}: leave {name} out.")
 
 
 def check_run(
@@ -499,7 +504,7 @@ def check_run(
                          f"{config.num_samples_per_epoch} samples: raise num_samples_per_epoch.")
     name, unet = family_of(pipe).network, network_of(pipe)
     if config.lora_rank: check_lora(unet, config.lora_targets)
-    if config.lora_from: check_adapter(config)
+    if config.lora_from: check_adapter(config, pipe)
     if not (config.lora_rank or adapters_of(unet) or unet.dtype in (torch.float32, torch.float64)):
         raise ValueError(f"the {name} is in {str(unet.dtype).removeprefix('torch.')}, in which "
                          f"small steps are lost. Call pipe.{name}.float() before training, or "
@@ -608,7 +613,7 @@ class TrainingState:
         self.sample_batch_size = config.sample_batch_size  # of the batches under way
         self.units = {}  # of a `WeightedSum`
         self.random = random_states()  # of the prompts
-        self.history, self.now = [], Epoch()
+        self.history, self.now, self.is_whole = [], Epoch(), True
 
 # %% ../nbs/06_training.ipynb 31
 class Encoded:
@@ -756,10 +761,12 @@ def train(
                 norm = torch.nn.utils.clip_grad_norm_(state.weights, config.max_grad_norm).item()
                 where = f"epoch {epoch + 1}, batch {number + 1} of {len(now.batches)}"
                 skip = state.skipped(metrics["loss"], norm, where)
+                state.is_whole = False  # an update is made and counted, or it is not
                 if not skip: state.scaler.step(optimizer)
                 state.scaler.update()
                 now.watched.append({"loss": metrics.pop("loss"), "grad_norm": norm, **metrics,
                                     "skipped": skip})
+                state.is_whole = True
                 on_batch()
 
         state.skipped.check_epoch(now.watched, epoch + 1)

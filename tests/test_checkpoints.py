@@ -27,6 +27,7 @@ from ddpo_scratch.checkpoints import (
     find_again,
     load_checkpoint,
     newest_intact,
+    put_away,
     random_states,
     save_checkpoint,
     set_random_states,
@@ -300,17 +301,66 @@ def test_a_folder_is_never_gone():
                 part.mkdir()
                 (part / "x").write_text(content)
         write("first")
+        for name in ("lora.old", "lora.bak"): (Path(room) / name).mkdir()  # somebody's own
         for die_at, content in ((1, "second"), (2, "third")):
             with pytest.raises(KeyboardInterrupt): write(content, die_at)
             find_again(path)
             assert (path / "x").read_text() == "first"
-        write("fourth")
-        assert (path / "x").read_text() == "fourth" and os.listdir(room) == ["lora"]
+        with pytest.raises(KeyboardInterrupt): write("fourth", 2)
+        write("fifth")
+        assert (path / "x").read_text() == "fifth"
+        assert sorted(os.listdir(room)) == ["lora", "lora.bak", "lora.old"]
         checkpoints, pipe = Path(room) / "checkpoints", twin("sd2")
         state = TrainingState(make_config("emoji", **SMALL), pipe)
         made = save_checkpoint(checkpoints, 1, pipe, state, {})
-        made.rename(f"{made}.old")
+        made.rename(put_away(made))
         assert newest_intact(checkpoints) == made
+
+
+@pytest.mark.parametrize("when", ("before", "after"))
+def test_an_update_is_whole_or_it_is_not(when, tmp_path):
+    "An error in the middle of an optimiser's step: nothing of it is kept, and the run goes on."
+    calls, real = [], torch.optim.AdamW.step
+    def full(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4 and when == "before": raise RuntimeError("CUDA out of memory")
+        found = real(self, *args, **kwargs)
+        if len(calls) == 4: raise RuntimeError("CUDA out of memory")
+        return found
+    def run(name, resume=False):
+        pipe = twin("sd2")
+        run_training(make_config("emoji", **SMALL | dict(num_epochs=3, save_every=2), lr=1e-3),
+                     pipe, emoji_animal_prompts, JPEGCompressibility(), tmp_path / name, resume)
+        return flat(pipe)
+    with patch.object(torch.optim.AdamW, "step", full), pytest.raises(RuntimeError, match="memory"):
+        run("x")
+    assert not (tmp_path / "x" / "checkpoints").exists()  # of two updates an epoch it was the 4th
+    assert torch.equal(run("x", True), run("whole"))
+
+
+def test_a_ruined_run_keeps_what_was_whole(tmp_path):
+    "Weights that have gone wild are not saved over those of before."
+    config = make_config("emoji", **SMALL | dict(num_epochs=3, keep=1), lr=1e-3)
+    pipe = twin("sd2")
+    def wild(images, prompts):
+        if (tmp_path / "x" / "checkpoints" / "00001").exists():
+            with torch.no_grad(): pipe.unet.conv_out.weight *= float("nan")
+        return JPEGCompressibility()(images, prompts)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        run_training(config, pipe, emoji_animal_prompts, wild, tmp_path / "x")
+    assert [path.name for path in checkpoints_in(tmp_path / "x" / "checkpoints")] == ["00001"]
+
+
+def test_checkpoints_from_before_are_refused(tmp_path):
+    "Other noise was drawn then: in a sentence."
+    pipe = twin("sd2")
+    state = TrainingState(make_config("emoji", **SMALL), pipe)
+    made = save_checkpoint(tmp_path, 1, pipe, state, {})
+    saved = torch.load(made / "state.pt", weights_only=True)
+    del saved["state"]["around"]
+    torch.save(saved, made / "state.pt")
+    with pytest.raises(ValueError, match="an older version, which drew other noise"):
+        load_checkpoint(made, pipe, state)
 
 
 def test_a_lock_is_one_file():

@@ -43,6 +43,8 @@ from ddpo_scratch.cli import (
     run_training,
     what_ran,
 )
+from ddpo_scratch.lora import LORA_TARGETS
+from ddpo_scratch.plan import make_plan
 from ddpo_scratch.prompts import emoji_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum, make_reward
 from ddpo_scratch.training import (
@@ -180,13 +182,14 @@ def test_the_preset_follows_from_the_model(twins, tmp_path):
         embedded(name).save_pretrained(tmp_path / name)
         assert preset_for(name) == preset_for(str(tmp_path / name)) == "emoji"
     xl = "stabilityai/stable-diffusion-xl-base-1.0"
+    assert parse(["--pipeline", xl, "--preset", "None", "--lora_from=None"]).preset == "sdxl"
     told = parse(["--pipeline", xl, "--preset", "blog"])
     assert told == Command(make_config("blog", pipeline=xl))
     (tmp_path / "some.yaml").write_text(f"pipeline: {xl}\nlr: 0.1")
     assert parse(["--config", f"{tmp_path}/some.yaml"]).config == make_config("sdxl", lr=0.1)
     said, wrong = called(tmp_path, f"--pipeline={twins['sdxl']}", "--name=a/b",
                          "--reward=jpeg_compressibility")
-    assert said == ["preset sdxl, for this model's family (--preset names another)"]
+    assert said == ["preset sdxl, for this model (--preset names another)"]
     assert "a plain name" in wrong
 
 
@@ -199,6 +202,8 @@ def test_a_size_that_cannot_be_meant_is_refused():
     with pytest.raises(ValueError, match="img_size 64 is less"):
         check_run(make_config("emoji", img_size=(1024, 64)), pipe)
     check_run(make_config("emoji", img_size=256), pipe)
+    with pytest.raises(ValueError, match="64 is less than a quarter of the 1024 pixels"):
+        make_plan(make_config("sdxl", img_size=64))
 
 
 def test_an_adapter_has_a_learning_rate_of_its_own(tmp_path):
@@ -209,6 +214,8 @@ def test_an_adapter_has_a_learning_rate_of_its_own(tmp_path):
         assert parse(flags.split()).config.lr == lr, flags
     assert DDPOConfig().lr == 5e-6 and DDPOConfig(lora_rank=2).lr == 3e-4
     assert make_config("emoji", lora_rank=8).lr == 1e-3
+    whole = parse("--preset sd35 --lora_rank 0".split()).config
+    assert (whole.lr, whole.lora_alpha, whole.lora_targets) == (5e-6, None, LORA_TARGETS)
     (tmp_path / "some.yaml").write_text("cfg: 2")
     assert parse(["--config", f"{tmp_path}/some.yaml", "--lora_rank", "4"]).config.lr == 1e-3
 
@@ -225,7 +232,8 @@ def test_pictures_need_not_be_square(flags, tmp_path):
     assert wrong is None and any(line.startswith("epoch   3") for line in lines)
     config = parse([*flags, "--img_size", "32", "32"]).config
     assert config.img_size == 32 and config.sides == (32, 32)
-    for bad in ((64, 60), (64,), (64, 64, 64), (64, 0), (64, 8.0), "64"):
+    assert make_config("emoji", img_size=(np.int64(48), 32)).img_size == (48, 32)
+    for bad in ((64, 60), (64,), (64, 64, 64), (64, 0), (64, 8.0), "64", 8 * 10**12):
         with pytest.raises(ValueError, match="img_size must be"): make_config("emoji", img_size=bad)
 
 

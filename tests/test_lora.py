@@ -147,15 +147,21 @@ def test_folders_that_hold_no_adapter(tmp_path):
         with pytest.raises(ValueError, match=match):
             load_lora(pipe, tmp_path) if pipe else adapter_settings(tmp_path)
     refused("there is no adapter in")
+    (tmp_path / "lora").mkdir()
+    save_file({"unet.x": torch.zeros(4)}, tmp_path / "lora" / LORA_FILE)
+    refused("Did you mean .*lora")
     save_file({"unet.to_q.lora_A.weight": torch.zeros(4, 8)}, tmp_path / LORA_FILE)
     refused("does not say its rank")
     save_file({"text_encoder.q.lora_A.weight": torch.zeros(4, 8)}, tmp_path / LORA_FILE,
               {"lora_adapter_metadata": "{}"})
-    refused("an adapter of text_encoder, too")
+    refused("an adapter of text_encoder, and one of a UNet or transformer alone")
     pipe = twin("sdxl")
     trained_with(pipe, img_size=32)
     save_lora(pipe, tmp_path)
     refused("not one of this model's", twin("sd2"))
+    config = make_config("emoji", lora_from=tmp_path, img_size=32)
+    with pytest.raises(ValueError, match="an adapter of unet, and one of transformer alone"):
+        TrainingState(config, twin("sd3"))
 
 
 def test_checkpointing_changes_nothing():

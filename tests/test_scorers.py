@@ -80,12 +80,13 @@ def test_the_activation_is_the_tags():
         asked.append(type(model.visual.transformer.resblocks[0].mlp[1]).__name__)
         return model
     tags = (("ViT-B-32", "laion400m_e32"), ("ViT-B-32", "metaclip_400m"), ("ViT-B-32", "openai"),
-            ("ViT-B-32-quickgelu", "laion400m_e32"), ("ViT-B-32", "laion2b_s34b_b79k"))
+            ("ViT-B-32-quickgelu", "laion400m_e32"), ("ViT-B-32", "LAION400M-e32"),
+            ("ViT-B-32", "laion2b_s34b_b79k"))
     with patch("open_clip.create_model", made):
         for model, tag in tags: load_open_clip(model, tag, torch.float32)
         with pytest.raises(ValueError, match="trained with GELU: take ViT-B-32"):
             load_open_clip("ViT-B-32-quickgelu", "x", torch.float32, quick_gelu=False)
-    assert asked == ["QuickGELU"] * 4 + ["GELU"]
+    assert asked == ["QuickGELU"] * 5 + ["GELU"]
 
 
 def test_pick_score():
@@ -210,6 +211,9 @@ def test_a_judge_that_will_not_say(kind):
         with pytest.raises(ValueError, match="so it was for 1. of the last"): ask(2)
         assert ask(2, most_useless=0.5).count(-1.0) == 20
         with pytest.raises(ValueError, match="no answer of use"): ask(20, useless=None)
+    with pytest.raises(ValueError, match="useless must be a finite number"):
+        VisionJudge("http://127.0.0.1:9/v1", "x", useless=float("nan"))
+    assert VisionJudge("http://127.0.0.1:9/v1", "x", client=dict(api_key=None)).key == ""
 
 
 def test_a_judge_that_stays_away():
