@@ -232,6 +232,7 @@ def test_a_run_may_grow_and_change_in_no_other_way():
         assert kept.name == "00004"
 
 
+@pytest.mark.slow
 def test_the_machine_may_change(tmp_path):
     "Settings that change no result: noted in config.yaml, from which epoch; the same training."
     def run(name, resume=False, **changes):
@@ -317,7 +318,7 @@ def test_a_folder_is_never_gone():
         assert newest_intact(checkpoints) == made
 
 
-@pytest.mark.parametrize("when", ("before", "after"))
+@pytest.mark.parametrize("when", ("after", pytest.param("before", marks=pytest.mark.slow)))
 def test_an_update_is_whole_or_it_is_not(when, tmp_path):
     "An error in the middle of an optimiser's step: nothing of it is kept, and the run goes on."
     calls, real = [], torch.optim.AdamW.step

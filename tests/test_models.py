@@ -461,7 +461,7 @@ def test_the_command(name, twins):
             done = ddpo_train(room, *rest)
             assert done.returncode == 0, done.stderr
             return done.stdout
-        assert "in all, without the reward" in command(*flags, "--plan")
+        assert "  in all\n" in command(*flags, "--plan")
         printed = command(*flags, "--name", "a")
         steps = dict(sdxl="50 steps without noise, guidance 5.0").get(name, "28 steps without")
         assert steps in printed and "fresh pictures: reward" in printed
