@@ -207,9 +207,9 @@ def test_the_plan_is_printed():
 
 @pytest.mark.slow
 def test_the_rehearsal():
-    "The full architecture at 64 x 64 pixels, in a process of its own."
+    "The full architecture at 128 × 128 pixels, in a process of its own."
     code = "from ddpo_scratch.plan import rehearse; rehearse(img_size=128)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "picture (1, 64, 64, 3)" in done.stdout
+    assert "picture (1, 128, 128, 3)" in done.stdout
     assert "gradients are finite in 256 tensors of the adapter" in done.stdout
