@@ -57,7 +57,7 @@ from .checks import HUB_NAME, Ruined, check_field, check_reward_fn
 from .lora import adapters_of
 from .models import family_of, is_flow, latents_shape, network_of, text_encoders
 from .pipelines import EMBEDDED, load_pipeline, pipeline_source
-from .plan import configurations, make_plan, plan_text
+from .plan import all_rewards, configurations, make_plan, plan_text
 from ddpo_scratch.precision import (
     DTYPES,
     frozen_type,
@@ -271,8 +271,7 @@ def what_ran(
             if place == f"{type(reward_fn).__module__}:{type(reward_fn).__qualname__}": return name
         return called(reward_fn)
     asked = [split_weight(part)[0] for names in (config.reward, config.eval_rewards) if names
-             for part in names.split(",") if ":" in part]
-    asked = [name for name in asked if ".py:" not in name]
+             for part in names.split(",") if ":" in part and ".py:" not in part]
     source = str(pipe.config.get("_name_or_path") or called(pipe))
     if Path(source).is_dir(): source = str(Path(source).absolute())
     return replace(
@@ -314,11 +313,6 @@ def read_config(
         except (TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r}: {error}") from error
     return values
-
-
-MAY_CHANGE = (  # in a run that goes on: what is learnt does not depend on it, but for rounding
-    "sample_batch_size", "max_unet_batch", "skip_clipped", "compile", "gradient_accumulation",
-    "gradient_checkpointing", "offload", "device", "save_every", "keep", "log_with", "push_to_hub")
 
 
 def check_resumable(
@@ -817,6 +811,8 @@ GROUPS = {
         "precision", "gradient_checkpointing", "use_8bit_adam", "offload", "device", "save_every",
         "keep", "log_with", "push_to_hub")),
 }
+MAY_CHANGE = [  # in a run that goes on: the machine's, but for two that its weights depend on
+    name for name in GROUPS["machine"][1] if name not in ("precision", "use_8bit_adam")]
 
 DESCRIPTION = """Train a text-to-image model on a reward with DDPO.
 
@@ -853,20 +849,17 @@ def flags_type(
         *groups])
 
 # %% ../nbs/08_cli.ipynb 25
-FAMILIES_PRESETS = {"StableDiffusionPipeline": "blog", "StableDiffusionXLPipeline": "sdxl",
-                    "StableDiffusion3Pipeline": "sd35", "FluxPipeline": "flux"}
-
-
 def preset_for(
     pipeline: str,  # as for `load_pipeline`
 ) -> str:
-    "The preset for the model's family; the embedded models have their own, trained or not."
+    "The first preset of the model's family; the embedded models have their own, trained or not."
     if pipeline in EMBEDDED: return "emoji"
-    def network(name):
-        return {key: value for key, value in configurations(name).network.items()
-                if not key.startswith("_")}
-    if any(network(pipeline) == network(name) for name in EMBEDDED): return "emoji"
-    return FAMILIES_PRESETS[configurations(pipeline).family.pipeline.__name__]
+    def network(made):
+        return {key: value for key, value in made.network.items() if not key.startswith("_")}
+    made = configurations(pipeline)
+    if network(made) in [network(configurations(name)) for name in EMBEDDED]: return "emoji"
+    return next(name for name, preset in PRESETS.items()
+                if configurations(preset.pipeline).family is made.family)
 
 
 class Command(NamedTuple):
@@ -986,10 +979,9 @@ def prepare(
     if only_plan:  # and nobody's code is run
         say(plan_text(config, make_plan(config)))
         sys.exit()
-    for names in filter(None, (config.reward, config.eval_rewards)):
-        for reward in reward_weights(names):
-            if ".py:" in reward: say(f"running the code in {absolute_name(reward)}")
-            find_reward(reward)
+    for reward in all_rewards(config):
+        if ".py:" in reward: say(f"running the code in {absolute_name(reward)}")
+        find_reward(reward)
     pipe = load_pipeline(config.pipeline, config.device, frozen_type(config))
     check_run(config, pipe)
     try:

@@ -115,6 +115,10 @@ class StableDiffusion:
         return None
 
 # %% ../nbs/18_models.ipynb 10
+POOLED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
+          "negative_pooled_prompt_embeds")  # as XL and 3 return them
+
+
 class StableDiffusionXL(StableDiffusion):
     "Stable Diffusion XL, its base model."
     pipeline, spared = StableDiffusionXLPipeline, ()
@@ -127,10 +131,8 @@ class StableDiffusionXL(StableDiffusion):
                 for words, vector in self.halves(pipe, prompts, guidance_scale > 1)]
 
     def embeddings(self, pipe, prompts, guided):
-        return dict(zip(
-            ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
-             "negative_pooled_prompt_embeds"), pipe.encode_prompt(
-                prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=guided)))
+        return dict(zip(POOLED, pipe.encode_prompt(
+            prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=guided)))
 
     def ask(self, factor, network, x, t, rows):
         height, width = (factor * side for side in x.shape[-2:])
@@ -164,11 +166,8 @@ class StableDiffusion3(StableDiffusion):
                 for words, vector in self.halves(pipe, prompts, guidance_scale > 1)]
 
     def embeddings(self, pipe, prompts, guided):
-        return dict(zip(
-            ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
-             "negative_pooled_prompt_embeds"), pipe.encode_prompt(
-                prompts, None, None, pipe.text_encoder.device,
-                do_classifier_free_guidance=guided)))
+        return dict(zip(POOLED, pipe.encode_prompt(
+            prompts, None, None, pipe.text_encoder.device, do_classifier_free_guidance=guided)))
 
     def ask(self, factor, network, x, t, rows):
         return network(x, timestep=t.expand(len(x)), **rows).sample

@@ -478,8 +478,8 @@ def check_adapter(
     "`ValueError` where the adapter to go on from is not the one that the configuration describes."
     for name, found in adapter_settings(config.lora_from, family_of(pipe).network).items():
         given = getattr(config, name)
-        if (set(given) if name == "lora_targets" else given) != (
-                set(found) if name == "lora_targets" else found):
+        if name == "lora_targets": given = tuple(sorted(given))
+        if given != found:
             raise ValueError(f"{name} is {given!r}, and that of the adapter in "
                              f"{config.lora_from!r} is {found!r}: leave {name} out.")
 
