@@ -296,9 +296,9 @@ def animal_in(
     found = set(animal_pattern().findall(prompt.lower()))
     if len(found) != 1:
         named = f"names {len(found)} animals ({', '.join(sorted(found))})" if found else (
-            "names no animal that the embedded classifier knows")
+            "names no animal of emoji_animals()")
         raise ValueError(f"the prompt {prompt!r} {named}; the animal reward and the judge want "
-                         "exactly one of emoji_animals(), such as 'fox'.")
+                         "exactly one, such as 'fox'.")
     return found.pop()
 
 

@@ -54,7 +54,7 @@ def run(source, lora_rank):
     config = make_config(
         "emoji", num_epochs=3, num_samples_per_epoch=11, samples_per_prompt=1, batch_size=5,
         sample_batch_size=4, num_timesteps=4, lr=1e-3, kl_coef=0.01, gradient_accumulation=2,
-        img_size=64 if source == "emoji" else 32, lora_rank=lora_rank,
+        img_size=32, lora_rank=lora_rank,
         which_steps="random" if lora_rank else "first")
     pipe, names, seen = opened(source).to(torch.float64), iter(range(1000)), []
     state = TrainingState(config, pipe)
@@ -73,13 +73,14 @@ def runs(source, folder):
     torch.save([run(source, 0), run(source, 2)], place)
 
 
-@pytest.mark.parametrize("model", ("sdxl", pytest.param("emoji", marks=pytest.mark.slow)))
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ("sd2", "sdxl"))
 def test_the_number_of_processes_does_not_show(model, twins, tmp_path):
     """Rewards, advantages, weights, evaluation: one process and two, uneven shares; LoRA too.
 
     In float64 the order of sums does not show, so the two have to agree, the weights to 0.0001."""
     for count in (1, 2):
-        codes, said = launch(count, runs, twins.get(model, model), str(tmp_path))
+        codes, said = launch(count, runs, twins[model], str(tmp_path))
         assert codes == [0] * count, said
     results = [torch.load(tmp_path / f"{name}.pt", weights_only=True)
                for name in ("1-0", "2-0", "2-1")]
@@ -129,6 +130,7 @@ FEW = dict(num_epochs=2, num_samples_per_epoch=6, samples_per_prompt=1, batch_si
            num_timesteps=2, num_eval_samples=5, img_size=32)
 
 
+@pytest.mark.slow
 def test_one_command_leaves_one_folder(twins, tmp_path):
     "Of two processes, written by one; a single one may go on with it."
     flags = as_flags(FEW | dict(pipeline=twins["sd2"]))
@@ -164,7 +166,7 @@ def test_a_process_that_dies_ends_the_run():
 
 @pytest.mark.slow
 def test_pytorchs_own_launcher(twins, tmp_path):
-    "The error of a process that has died; a whole run of two, and one that goes on with it."
+    "The error of a process that has died; a whole run of two."
     def launched(count, *command):
         return subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", *command],
@@ -177,8 +179,6 @@ def test_pytorchs_own_launcher(twins, tmp_path):
     assert done.stdout.count("epoch   2") == 1 and done.stdout.count("fresh pictures") == 1
     folder, = (tmp_path / "runs").iterdir()
     assert folder.name == "sd2-animal-1" and not (folder / "UNFINISHED.txt").exists()
-    grown = launched(1, "-m", "ddpo_scratch", "--resume", str(folder), "--num_epochs", "3")
-    assert grown.returncode == 0 and "epoch   3" in grown.stdout, grown.stderr
 
 
 def test_alone():

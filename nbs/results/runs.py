@@ -12,8 +12,8 @@ whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `evaluations` at 
     ddpo_train --lora_rank 8 --name lora                          (its metrics.csv is lora.csv)
     ddpo_train --lr 2e-4 --clip_ratio 5e-3 --num_epochs 36 --name hasty
 
-and `flow` at `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`, N 0 and 1. The
-committed pictures were reduced to 256 colours afterwards.
+and `flow` at `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`, N 0 and 1.
+`plans` computes what the presets for large models take. The committed pictures were reduced to 256 colours afterwards.
 
 Of groups.csv, reinforce.csv, steps.csv, gamed.csv, incompressible.csv and the flow tables the rows
 were made before noise_sources counted its seeds (November 2026), but for "unclipped" and "with a
@@ -28,6 +28,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -37,6 +38,7 @@ import torch
 from ddpo_scratch.cli import csv_text, plain_reward, png_bytes, progress_strip, write_file
 from ddpo_scratch.emoji_model import BACKGROUNDS, named_right
 from ddpo_scratch.pipelines import load_pipeline
+from ddpo_scratch.plan import make_plan
 from ddpo_scratch.prompts import PromptDataset, emoji_common_animal_prompts
 from ddpo_scratch.rewards import (
     JPEGCompressibility,
@@ -355,9 +357,23 @@ def processes():
     return rows
 
 
+def plans():
+    "What the presets for large models take, as they are and without offload; chapter 18."
+    rows = []
+    for preset in ("sdxl", "sd35", "flux"):
+        config = make_config(preset)
+        plan, kept = make_plan(config), make_plan(replace(config, offload=False))
+        rows.append({
+            "preset": preset, "pixels": config.img_size, "gb": round(plan.memory / 1e9, 1),
+            "vae_and_text_encoders_gb": round(kept.resident["VAE and text encoders"] / 1e9, 1),
+            "without_offload_gb": round(kept.memory / 1e9, 1),
+            "minutes_on_an_a100": round(plan.seconds("A100, 80 GB", config.precision) / 60)})
+    return rows
+
+
 TABLES = {function.__name__: function for function in (
     groups, reinforce, steps, gamed, incompressible, right, samplers, flow, guidance, named,
-    processes, backgrounds, evaluations)}
+    processes, backgrounds, evaluations, plans)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
