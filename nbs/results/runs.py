@@ -13,7 +13,8 @@ whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `evaluations` at 
     ddpo_train --lr 2e-4 --clip_ratio 5e-3 --num_epochs 36 --name hasty
 
 and `flow` at `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`, N 0 and 1.
-`plans` computes what the presets for large models take. The committed pictures were reduced to 256 colours afterwards.
+`plans` computes what the presets for large models take. The committed pictures were reduced to 256
+colours afterwards.
 
 Of groups.csv, reinforce.csv, steps.csv, gamed.csv, incompressible.csv and the flow tables the rows
 were made before noise_sources counted its seeds (November 2026), but for "unclipped" and "with a
