@@ -1,10 +1,8 @@
 """Tests of chapter `nbs/15_plan.ipynb`."""
-import csv
 import gc
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -157,18 +155,6 @@ def test_every_family_can_be_planned(name, twins):
     assert plan.trained == sum(p.numel() for p in network_of(pipe).parameters())
     assert plan.frozen == sum(p.numel() for part in frozen_parts(pipe) for p in part.parameters())
     assert plan.sampling > 0 and min(plan.peaks.values()) > 0
-
-
-@pytest.mark.slow
-def test_the_chapters_table_is_todays():
-    "plans.csv, which chapter 18 reads, is what the plan says now: its line for XL."
-    with (Path(__file__).parents[1] / "nbs/results/plans.csv").open(encoding="utf-8") as file:
-        said, = [row for row in csv.DictReader(file) if row["preset"] == "sdxl"]
-    config = make_config("sdxl")
-    plan = make_plan(config)
-    assert float(said["gb"]) == round(plan.memory / 1e9, 1)
-    assert float(said["minutes_on_an_a100"]) == round(
-        plan.seconds("A100, 80 GB", config.precision) / 60)
 
 
 @pytest.mark.slow
