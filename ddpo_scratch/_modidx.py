@@ -160,6 +160,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'ddpo_scratch/emoji_model.py'),
                                           'ddpo_scratch.emoji_model.encode_pictures': ( 'emoji_model.html#encode_pictures',
                                                                                         'ddpo_scratch/emoji_model.py'),
+                                          'ddpo_scratch.emoji_model.first_features': ( 'emoji_model.html#first_features',
+                                                                                       'ddpo_scratch/emoji_model.py'),
                                           'ddpo_scratch.emoji_model.fit': ('emoji_model.html#fit', 'ddpo_scratch/emoji_model.py'),
                                           'ddpo_scratch.emoji_model.flow_main': ( 'emoji_model.html#flow_main',
                                                                                   'ddpo_scratch/emoji_model.py'),
