@@ -123,8 +123,7 @@ def fit(
     _, progress_bar = progress_bars()
     bar = progress_bar(range(len(losses), steps))
     for step in bar:
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_fn(torch.Generator().manual_seed(seed * 10_000_000 + step))
+        loss = loss_fn(torch.Generator().manual_seed(seed * 10_000_000 + step))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -223,6 +222,7 @@ def picture_error(
             + 0.1 * torch.stack(relative).mean())
 
 
+@torch.autocast("cpu", torch.bfloat16)
 def vae_loss(
     vae: AutoencoderKL,
     classifier: nn.Sequential,   # trained and frozen
@@ -240,6 +240,7 @@ def vae_loss(
     return picture_error(y, x, classifier) + kl_weight * divergence
 
 # %% ../nbs/10_emoji_model.ipynb 21
+@torch.autocast("cpu", torch.bfloat16)
 def decoder_loss(
     vae: AutoencoderKL,
     classifier: nn.Sequential,   # trained and frozen
@@ -430,7 +431,7 @@ def train_emoji_model(
     torch.manual_seed(1)
     raw_model = nn.ModuleDict({"text_encoder": new_text_encoder(tokenizer), "unet": new_unet()})
     model, _ = fit(raw_model, lambda g: denoising_loss(raw_model, scheduler, scaled, token_ids, g),
-                   steps(12_000), 1e-3, 0.998, work / "unet.pt", seed=2)
+                   steps(8000), 1e-3, 0.998, work / "unet.pt", seed=2)
 
     save_pipeline(vae, model, tokenizer, work / "tokenizer", out / "emoji")
     for name, network in (("classifier", classifier), ("judge", judge)):
