@@ -58,14 +58,14 @@ def augment(
     scale = 0.75 + 0.25 * torch.rand(n, generator=generator)
     flip = 1 - 2 * torch.randint(2, (n,), generator=generator)
     colours = torch.tensor(list(BACKGROUNDS.values())) / 255
-    ground = colours[torch.randint(len(colours), (n,), generator=generator)][:, :, None, None]
+    background = colours[torch.randint(len(colours), (n,), generator=generator)][:, :, None, None]
     rgba = pictures.permute(0, 3, 1, 2) / 255
     layers = torch.cat([rgba[:, :3] * rgba[:, 3:], rgba[:, 3:]], 1)
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1] = flip / scale, 1 / scale
     layers = F.grid_sample(layers, F.affine_grid(theta, layers.shape, align_corners=False),
                            align_corners=False)
-    return (layers[:, :3] + (1 - layers[:, 3:]) * ground) * 2 - 1
+    return (layers[:, :3] + (1 - layers[:, 3:]) * background) * 2 - 1
 
 # %% ../nbs/10_emoji_model.ipynb 12
 PHRASINGS = ("{name}", "{a_name}", "a picture of {a_name}", "a drawing of {a_name}")

@@ -166,7 +166,7 @@ def test_a_process_that_dies_ends_the_run():
 
 @pytest.mark.slow
 def test_pytorchs_own_launcher(twins, tmp_path):
-    "The error of a process that has died; a whole run of two."
+    "The error of a process that has died; a whole run of two, and one that goes on with it."
     def launched(count, *command):
         return subprocess.run(
             [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", *command],
@@ -179,6 +179,8 @@ def test_pytorchs_own_launcher(twins, tmp_path):
     assert done.stdout.count("epoch   2") == 1 and done.stdout.count("fresh pictures") == 1
     folder, = (tmp_path / "runs").iterdir()
     assert folder.name == "sd2-animal-1" and not (folder / "UNFINISHED.txt").exists()
+    grown = launched(1, "-m", "ddpo_scratch", "--resume", str(folder), "--num_epochs", "3")
+    assert grown.returncode == 0 and "epoch   3" in grown.stdout, grown.stderr
 
 
 def test_alone():
