@@ -1,5 +1,5 @@
 "`python -m ddpo_scratch`, which launchers can start: the command `ddpo_train`."
-from .door import main
+from .command.door import main
 
 if __name__ == "__main__":
     main()

@@ -32,7 +32,7 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def twins(tmp_path_factory):
     "A folder for each small twin, as its makers would publish it."
-    from ddpo_scratch.twins import TWINS, make_twin
+    from ddpo_scratch.workshop.twins import TWINS, make_twin
     room = tmp_path_factory.mktemp("twins")
     for name in TWINS: make_twin(name).save_pretrained(room / name)
     return {name: str(room / name) for name in TWINS}

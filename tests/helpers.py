@@ -16,10 +16,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ddpo_scratch import sampling
-from ddpo_scratch.door import main
-from ddpo_scratch.models import frozen_parts, is_flow, network_of
+from ddpo_scratch.command.door import main
+from ddpo_scratch.models.families import frozen_parts, is_flow, network_of
 from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline
-from ddpo_scratch.twins import make_twin
+from ddpo_scratch.workshop.twins import make_twin
 
 TINY = dict(num_epochs=2, num_samples_per_epoch=7, samples_per_prompt=1, sample_batch_size=3,
             batch_size=4, num_timesteps=3, img_size=32)
@@ -92,7 +92,7 @@ def fake_gpu():
 def forks():
     "Makes processes from one that has imported everything; on Windows, from nothing."
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-    if os.name == "posix": context.set_forkserver_preload(["ddpo_scratch.cli"])
+    if os.name == "posix": context.set_forkserver_preload(["ddpo_scratch.command.cli"])
     return context
 
 

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/21_bench.ipynb`."""
+"""Tests of chapter `nbs/appendix/21_bench.ipynb`."""
 import csv
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from ddpo_scratch.bench import Contender, Work, our_epochs, plain_epochs
+from ddpo_scratch.workshop.bench import Contender, Work, our_epochs, plain_epochs
 
 
 @pytest.mark.slow
@@ -15,8 +15,8 @@ def test_the_command_leaves_a_table():
     "A row for each contender and round; parts of an epoch are no longer than the whole."
     with TemporaryDirectory() as room:
         subprocess.run(
-            [sys.executable, "-m", "ddpo_scratch.bench", "--rounds", "2", "--out", room, "--work",
-             '{"samples": 4, "steps": 2, "batch": 2, "max_unet_batch": 16}'],
+            [sys.executable, "-m", "ddpo_scratch.workshop.bench", "--rounds", "2", "--out", room,
+             "--work", '{"samples": 4, "steps": 2, "batch": 2, "max_unet_batch": 16}'],
             check=True, capture_output=True)
         rows = list(csv.DictReader((Path(room) / "bench.csv").open(encoding="utf-8")))
     assert [(row["round"], row["contender"]) for row in rows] == [
@@ -31,7 +31,7 @@ def test_bad_arguments_end_in_a_line():
     "No traceback: what was given, and what may be."
     from unittest.mock import patch
 
-    from ddpo_scratch.bench import main
+    from ddpo_scratch.workshop.bench import main
     for flags, match in ((["--work", "nonsense"], "'nonsense'.*JSON with some of samples, steps"),
                          (["--work", '{"sample": 3}'], "'sample'.*some of samples, steps"),
                          (["--rounds", "0"], "at least 1, not 0")):
@@ -47,7 +47,7 @@ def test_both_do_the_same_work():
     "As many rows with a gradient and without, in calls of one step or of as many as may be."
     from unittest.mock import patch
 
-    from ddpo_scratch import bench
+    from ddpo_scratch.workshop import bench
     work = Work(samples=4, steps=2, batch=2, max_unet_batch=8, skip_clipped=False)
     seen = []
     def watched(pipe, calls, work):

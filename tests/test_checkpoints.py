@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/13_checkpoints.ipynb`."""
+"""Tests of chapter `nbs/practice/13_checkpoints.ipynb`."""
 import csv
 import io
 import os
@@ -20,7 +20,10 @@ import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from ddpo_scratch.checkpoints import (
+from ddpo_scratch.command.cli import parse, run_training, unfinished_until_the_end
+from ddpo_scratch.prompts import emoji_animal_prompts
+from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum
+from ddpo_scratch.trainer.checkpoints import (
     Stopped,
     at_one_stroke,
     checkpoints_in,
@@ -35,9 +38,6 @@ from ddpo_scratch.checkpoints import (
     state_to_dict,
     stop_after_a_batch,
 )
-from ddpo_scratch.cli import parse, run_training, unfinished_until_the_end
-from ddpo_scratch.prompts import emoji_animal_prompts
-from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum
 from ddpo_scratch.training import DDPOConfig, TrainingState, make_config, train
 from helpers import Started, as_flags, ddpo_train, flat, opened, twin
 

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/08_cli.ipynb`."""
+"""Tests of chapter `nbs/practice/08_cli.ipynb`."""
 import csv
 import inspect
 import io
@@ -29,8 +29,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpo_scratch.checkpoints import write_file
-from ddpo_scratch.cli import (
+from ddpo_scratch.command.cli import (
     GROUPS,
     Command,
     check_run_name,
@@ -43,10 +42,11 @@ from ddpo_scratch.cli import (
     run_training,
     what_ran,
 )
-from ddpo_scratch.lora import LORA_TARGETS
-from ddpo_scratch.plan import make_plan
+from ddpo_scratch.command.plan import make_plan
 from ddpo_scratch.prompts import emoji_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum, make_reward
+from ddpo_scratch.trainer.checkpoints import write_file
+from ddpo_scratch.trainer.lora import LORA_TARGETS
 from ddpo_scratch.training import (
     EVALUATION,
     PRESETS,
@@ -590,7 +590,7 @@ def test_what_plain_diffusers_draws_is_measured():
 
 def test_ctrl_c_before_anything_is_imported():
     "The command as it is installed, stopped while it still imports: a sentence, no traceback."
-    command = [sys.executable, "-c", "from ddpo_scratch.door import main; main()"]
+    command = [sys.executable, "-c", "from ddpo_scratch.command.door import main; main()"]
     with TemporaryDirectory() as place:
         early = subprocess.Popen(command, cwd=place, text=True, stderr=subprocess.PIPE)
         time.sleep(1.5)
@@ -667,7 +667,7 @@ def test_the_result_goes_to_the_hub(flags):
             f"http://127.0.0.1:{site.server_port}", [], {}, False, False)
         Thread(target=site.serve_forever, daemon=True).start()
         def run(name, token="hf_right", url=site.url):
-            with patch("ddpo_scratch.cli.HfApi", partial(HfApi, url, token)):
+            with patch("ddpo_scratch.command.cli.HfApi", partial(HfApi, url, token)):
                 return called(place, *flags, "--name", name, "--lora_rank", "2",
                               "--push_to_hub", "me/foxes")
         lines, wrong = run("first")

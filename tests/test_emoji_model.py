@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/10_emoji_model.ipynb`."""
+"""Tests of chapter `nbs/appendix/10_emoji_model.ipynb`."""
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,7 +9,9 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 import ddpo_scratch
-from ddpo_scratch.emoji_model import (
+from ddpo_scratch.prompts import emoji_animals
+from ddpo_scratch.rewards import load_judge, share_right
+from ddpo_scratch.workshop.emoji_model import (
     BACKGROUNDS,
     PHRASINGS,
     augment,
@@ -22,8 +24,6 @@ from ddpo_scratch.emoji_model import (
     train_emoji_flow,
     train_emoji_model,
 )
-from ddpo_scratch.prompts import emoji_animals
-from ddpo_scratch.rewards import load_judge, share_right
 from helpers import embedded
 
 PACKAGE = Path(ddpo_scratch.__file__).parent

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/11_lora.ipynb`."""
+"""Tests of chapter `nbs/practice/11_lora.ipynb`."""
 import os
 from tempfile import TemporaryDirectory
 
@@ -8,7 +8,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from ddpo_scratch.lora import (
+from ddpo_scratch.models.families import network_of
+from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline, pipeline_source
+from ddpo_scratch.sampling import decoding_fn, sd_sample
+from ddpo_scratch.trainer.lora import (
     LORA_FILE,
     AdapterOff,
     adapter_settings,
@@ -16,9 +19,6 @@ from ddpo_scratch.lora import (
     load_lora,
     save_lora,
 )
-from ddpo_scratch.models import network_of
-from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline, pipeline_source
-from ddpo_scratch.sampling import decoding_fn, sd_sample
 from ddpo_scratch.training import TrainingState, make_config, make_prompt_fn, train
 from helpers import embedded, redness, twin
 

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/05_loss.ipynb`."""
+"""Tests of chapter `nbs/tutorial/05_loss.ipynb`."""
 import copy
 from itertools import combinations
 

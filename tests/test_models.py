@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/18_models.ipynb`."""
+"""Tests of chapter `nbs/practice/18_models.ipynb`."""
 import copy
 import re
 import warnings
@@ -20,10 +20,9 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch._dynamo.utils import counters
 from torch.distributions import MultivariateNormal, Normal
 
-from ddpo_scratch.cli import run_training
-from ddpo_scratch.lora import save_lora
+from ddpo_scratch.command.cli import run_training
 from ddpo_scratch.loss import step_loss
-from ddpo_scratch.models import (
+from ddpo_scratch.models.families import (
     Conditioning,
     family_of,
     flow_tables,
@@ -42,8 +41,9 @@ from ddpo_scratch.sampling import (
     sd_sample,
     step_distribution,
 )
+from ddpo_scratch.trainer.lora import save_lora
 from ddpo_scratch.training import make_config, make_prompt_fn, train, warn_of_much_noise
-from ddpo_scratch.twins import TWINS, make_twin
+from ddpo_scratch.workshop.twins import TWINS, make_twin
 from helpers import ddpo_train, embedded, fake_gpu, opened, redness, run_card
 
 PROMPTS = ["a fox", "a picture of an owl"]

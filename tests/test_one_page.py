@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/00_one_page.ipynb`."""
+"""Tests of chapter `nbs/tutorial/00_one_page.ipynb`."""
 # The page must not drift away from the library. Given the library's noise, both see the same
 # pictures, gradients and weights.
 import json
@@ -15,7 +15,7 @@ from helpers import embedded, flat
 
 def one_page():
     "The names that the page's algorithm defines, in a namespace of their own."
-    path = Path(__file__).parent.parent / "nbs" / "00_one_page.ipynb"
+    path = Path(__file__).parent.parent / "nbs" / "tutorial" / "00_one_page.ipynb"
     notebook = json.loads(path.read_text("utf-8"))
     sources = ["".join(cell["source"]) for cell in notebook["cells"]]
     algorithm, = [source for source in sources if "\ndef update(" in source]

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/15_plan.ipynb`."""
+"""Tests of chapter `nbs/practice/15_plan.ipynb`."""
 import gc
 import subprocess
 import sys
@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ddpo_scratch.cli import parse
-from ddpo_scratch.lora import add_lora
-from ddpo_scratch.models import frozen_parts, network_of, text_encoders
-from ddpo_scratch.pipelines import load_pipeline
-from ddpo_scratch.plan import (
+from ddpo_scratch.command.cli import parse
+from ddpo_scratch.command.plan import (
     STABLE_DIFFUSION_1,
     LiveBytes,
     configurations,
@@ -22,10 +19,13 @@ from ddpo_scratch.plan import (
     plan_text,
     reward_bytes,
 )
-from ddpo_scratch.precision import DTYPES
+from ddpo_scratch.models.families import frozen_parts, network_of, text_encoders
+from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.rewards import JPEGCompressibility, load_classifier, load_judge
+from ddpo_scratch.trainer.lora import add_lora
+from ddpo_scratch.trainer.precision import DTYPES
 from ddpo_scratch.training import make_config, train
-from ddpo_scratch.twins import TWINS
+from ddpo_scratch.workshop.twins import TWINS
 from helpers import embedded, opened
 
 
@@ -167,7 +167,7 @@ def test_a_plan_is_the_same_whatever_was_planned_before(twins):
                     dict(lora_rank=2), dict(gradient_checkpointing=True), dict(kl_coef=0.1)):
         config = make_config("blog", **some | changes)
         after_others = make_plan(config)
-        with patch.dict("ddpo_scratch.plan.WORKS", clear=True):
+        with patch.dict("ddpo_scratch.command.plan.WORKS", clear=True):
             assert make_plan(config) == after_others, changes
 
 
@@ -208,7 +208,7 @@ def test_the_plan_is_printed():
 @pytest.mark.slow
 def test_the_rehearsal():
     "The full architecture at 128 × 128 pixels, in a process of its own."
-    code = "from ddpo_scratch.plan import rehearse; rehearse(img_size=128)"
+    code = "from ddpo_scratch.command.plan import rehearse; rehearse(img_size=128)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "picture (1, 128, 128, 3)" in done.stdout

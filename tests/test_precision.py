@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/12_precision.ipynb`."""
+"""Tests of chapter `nbs/practice/12_precision.ipynb`."""
 import io
 import math
 import warnings
@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ddpo_scratch import cli, training
-from ddpo_scratch.checkpoints import state_from_dict, state_to_dict
-from ddpo_scratch.cli import plain_reward
+from ddpo_scratch import training
+from ddpo_scratch.command import cli
+from ddpo_scratch.command.cli import plain_reward
 from ddpo_scratch.loss import compute_loss
-from ddpo_scratch.models import network_of
-from ddpo_scratch.precision import averages_bytes, in_precision, make_optimizer, on_the_cpu
+from ddpo_scratch.models.families import network_of
 from ddpo_scratch.sampling import decoding_fn, encode_prompts, sd_sample
+from ddpo_scratch.trainer.checkpoints import state_from_dict, state_to_dict
+from ddpo_scratch.trainer.precision import averages_bytes, in_precision, make_optimizer, on_the_cpu
 from ddpo_scratch.training import TrainingState, evaluate, make_config, make_prompt_fn, train
 from helpers import embedded, fake_gpu, redness, twin
 

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/14_processes.ipynb`."""
+"""Tests of chapter `nbs/practice/14_processes.ipynb`."""
 import os
 import random
 import socket
@@ -10,7 +10,13 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from ddpo_scratch.processes import from_the_first, gathered, my_part, processes, sum_gradients
+from ddpo_scratch.trainer.processes import (
+    from_the_first,
+    gathered,
+    my_part,
+    processes,
+    sum_gradients,
+)
 from ddpo_scratch.training import TrainingState, evaluate, fresh_prompts, make_config, train
 from helpers import Started, as_flags, flat, forks, opened
 
@@ -146,7 +152,7 @@ def test_one_command_leaves_one_folder(twins, tmp_path):
 
 
 FAILING = """
-from ddpo_scratch.processes import gathered, processes
+from ddpo_scratch.trainer.processes import gathered, processes
 for i in range(3):
     gathered([i])
     if i == 1 and processes().process_index == 1: raise RuntimeError("the ink has run out")

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/01_prompts.ipynb`."""
+"""Tests of chapter `nbs/tutorial/01_prompts.ipynb`."""
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/03_rewards.ipynb`."""
+"""Tests of chapter `nbs/tutorial/03_rewards.ipynb`."""
 import os
 import statistics
 from functools import partial

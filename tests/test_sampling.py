@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/02_sampling.ipynb`."""
+"""Tests of chapter `nbs/tutorial/02_sampling.ipynb`."""
 import logging
 import math
 import warnings
@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from torch.distributions import Normal
 
 from ddpo_scratch.checks import check_finite
-from ddpo_scratch.models import Conditioning
+from ddpo_scratch.models.families import Conditioning
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.sampling import (
     calculate_log_probs,

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/17_scorers.ipynb`."""
+"""Tests of chapter `nbs/practice/17_scorers.ipynb`."""
 # The large weights cannot be had here. The same classes are built small, saved, and loaded from
 # files in the way in which the large ones would be.
 import base64
@@ -24,7 +24,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.rewards import load_open_clip
-from ddpo_scratch.scorers import CLIPScore, PickScore, VisionJudge, number_in
+from ddpo_scratch.scorers.scorers import CLIPScore, PickScore, VisionJudge, number_in
 
 PROMPTS = ["a fox", "an owl", "a picture of a cat"]
 

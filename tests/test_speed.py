@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/20_speed.ipynb`."""
+"""Tests of chapter `nbs/practice/20_speed.ipynb`."""
 import functools
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,14 +13,13 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpo_scratch import speed
-from ddpo_scratch.bench import Work, plain_gradient
-from ddpo_scratch.checkpoints import state_from_dict, state_to_dict
-from ddpo_scratch.lora import add_lora
 from ddpo_scratch.loss import compute_loss
-from ddpo_scratch.models import network_of
+from ddpo_scratch.models.families import network_of
 from ddpo_scratch.sampling import encode_prompts, make_schedule, sd_sample
-from ddpo_scratch.speed import (
+from ddpo_scratch.trainer import speed
+from ddpo_scratch.trainer.checkpoints import state_from_dict, state_to_dict
+from ddpo_scratch.trainer.lora import add_lora
+from ddpo_scratch.trainer.speed import (
     Compiled,
     cheapest,
     check_compiler,
@@ -30,7 +29,8 @@ from ddpo_scratch.speed import (
     searching_pays,
 )
 from ddpo_scratch.training import TrainingState, make_config, train
-from ddpo_scratch.twins import TWINS
+from ddpo_scratch.workshop.bench import Work, plain_gradient
+from ddpo_scratch.workshop.twins import TWINS
 from helpers import embedded, twin
 
 PROMPTS, ADVANTAGES = ["a fox", "an owl", "a cat", "a bee"], torch.tensor([1.0, -1.0, 0.5, 0.0])

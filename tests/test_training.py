@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/06_training.ipynb`."""
+"""Tests of chapter `nbs/tutorial/06_training.ipynb`."""
 import io
 import itertools
 import random

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 
-from ddpo_scratch.cli import csv_text, write_file
+from ddpo_scratch.command.cli import csv_text, write_file
+from ddpo_scratch.command.plan import full_size
 from ddpo_scratch.loss import step_loss
-from ddpo_scratch.plan import full_size
-from ddpo_scratch.precision import in_precision
 from ddpo_scratch.prompts import imagenet_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.sampling import encode_prompts, make_schedule, step_distribution
-from ddpo_scratch.speed import Compiled, off, onto
+from ddpo_scratch.trainer.precision import in_precision
+from ddpo_scratch.trainer.speed import Compiled, off, onto
 from ddpo_scratch.training import make_config, train
 
 DEVICE, FILE, rows = torch.device("cuda"), Path(__file__).with_name("gpu.csv"), []

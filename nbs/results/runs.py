@@ -36,10 +36,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from ddpo_scratch.cli import csv_text, plain_reward, png_bytes, progress_strip, write_file
-from ddpo_scratch.emoji_model import BACKGROUNDS, named_right
+from ddpo_scratch.command.cli import csv_text, plain_reward, png_bytes, progress_strip, write_file
+from ddpo_scratch.command.plan import make_plan
 from ddpo_scratch.pipelines import load_pipeline
-from ddpo_scratch.plan import make_plan
 from ddpo_scratch.prompts import PromptDataset, emoji_common_animal_prompts
 from ddpo_scratch.rewards import (
     JPEGCompressibility,
@@ -60,6 +59,7 @@ from ddpo_scratch.training import (
     noise_sources,
     train,
 )
+from ddpo_scratch.workshop.emoji_model import BACKGROUNDS, named_right
 
 HERE = Path(__file__).parent
 kilobytes, judge, classifier = JPEGCompressibility(), load_judge(), load_classifier()
@@ -271,7 +271,7 @@ def names_of_cell(
 
 def guidance():
     "Guidance towards the classifier in place of training, and sampling without it; chapter 7."
-    names, rows = names_of_cell("07_results.ipynb", "def guided("), []
+    names, rows = names_of_cell("tutorial/07_results.ipynb", "def guided("), []
     random.seed(0)
     prompts = list(PromptDataset(emoji_common_animal_prompts, 128))
     for strength in ("none", 0.0, 0.3, 1.0, 3.0, 10.0):
