@@ -7,18 +7,22 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 from unittest.mock import patch
 
+import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ddpo_scratch import sampling
 from ddpo_scratch.command.door import main
-from ddpo_scratch.models.families import frozen_parts, is_flow, network_of
-from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline
+from ddpo_scratch.models.families import frozen_parts, network_of
+from ddpo_scratch.pipelines import ddim_scheduler, is_flow, load_pipeline
+from ddpo_scratch.trainer import sampling as trainer_sampling
 from ddpo_scratch.workshop.twins import make_twin
 
 TINY = dict(num_epochs=2, num_samples_per_epoch=7, samples_per_prompt=1, sample_batch_size=3,
@@ -61,6 +65,15 @@ def opened(folder):
     return a_copy(loaded(load_pipeline, folder, "cpu"))
 
 
+def drawings():
+    "Every drawing of the package on a grey ground, with its animal."
+    path = files("ddpo_scratch") / "emoji_pictures.npz"
+    with np.load(str(path), allow_pickle=False) as data:
+        rgba, animals = data["pictures"].astype(float), data["animal"].tolist()
+    alpha = rgba[..., 3:] / 255
+    return (rgba[..., :3] * alpha + 160 * (1 - alpha)).round().astype(np.uint8), animals
+
+
 def redness(images, prompts):
     "Red minus the mean of the channels, averaged over the picture, in [-1, 1]."
     return (images[..., 0] / 255.0 - images.mean(-1) / 255.0).mean((1, 2))
@@ -69,6 +82,35 @@ def redness(images, prompts):
 def flat(pipe, part=lambda p: p):
     "All weights of its network in one vector, a copy; or another `part` of each."
     return torch.cat([part(p).detach().flatten() for p in network_of(pipe).parameters()])
+
+
+def tiny_pipeline():
+    "The embedded pipeline with a UNet of a few thousand weights, all in float64: for differences."
+    pipe = embedded()
+    torch.manual_seed(0)
+    pipe.unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        attention_head_dim=2, cross_attention_dim=128,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"))
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder): part.double()
+    return pipe
+
+
+def gradient(pipe):
+    "All gradients in one vector; they are cleared."
+    found = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten()
+                       for p in pipe.unet.parameters()])
+    pipe.unet.zero_grad(set_to_none=True)
+    return found
+
+
+def moved(pipe, direction):
+    "Add `direction` to the weights."
+    with torch.no_grad():
+        for p, d in zip(pipe.unet.parameters(),
+                        direction.split([p.numel() for p in pipe.unet.parameters()])):
+            p += d.view_as(p)
 
 
 @contextmanager
@@ -80,10 +122,12 @@ def fake_gpu():
         def run(*args):
             with unset_fake_temporarily(): return make(*args)
         return run
-    makers = {name: outside(getattr(sampling, name)) for name in ("ddim_schedule", "flow_schedule")}
+    ddim, flow = outside(sampling.ddim_schedule), outside(trainer_sampling.flow_schedule)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), patch.multiple(sampling, **makers): yield
+        with (FakeTensorMode(allow_non_fake_inputs=True),
+              patch.multiple(sampling, ddim_schedule=ddim),
+              patch.multiple(trainer_sampling, ddim_schedule=ddim, flow_schedule=flow)): yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
 

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/13_checkpoints.ipynb`."""
+"""Tests of chapter `nbs/practice/21_checkpoints.ipynb`."""
 import csv
 import io
 import os
@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 
 from ddpo_scratch.command.cli import parse, run_training, unfinished_until_the_end
 from ddpo_scratch.prompts import emoji_animal_prompts
-from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum
+from ddpo_scratch.rewards import JPEGCompressibility
+from ddpo_scratch.scorers.names import WeightedSum
 from ddpo_scratch.trainer.checkpoints import (
     Stopped,
     at_one_stroke,
@@ -38,7 +39,7 @@ from ddpo_scratch.trainer.checkpoints import (
     state_to_dict,
     stop_after_a_batch,
 )
-from ddpo_scratch.training import DDPOConfig, TrainingState, make_config, train
+from ddpo_scratch.trainer.training import TrainerConfig, TrainingState, make_config, train
 from helpers import Started, as_flags, ddpo_train, flat, opened, twin
 
 SMALL = dict(num_epochs=4, num_samples_per_epoch=4, samples_per_prompt=2, num_eval_samples=2,
@@ -251,7 +252,7 @@ def test_the_machine_may_change(tmp_path):
     first, second = (set(re.findall("^# (.*)$", part, re.M)) for part in (text, later))
     assert "from epoch 3 on: max_unet_batch 1, before 32" in first and len(first) == 8
     assert first < second and "from epoch 4 on: sample_batch_size 2, before 1" in second
-    assert DDPOConfig(**yaml.safe_load(later)).sample_batch_size == 2
+    assert TrainerConfig(**yaml.safe_load(later)).sample_batch_size == 2
     for name, value in dict(precision="bf16", lr=2e-3, num_samples_per_epoch=6).items():
         with pytest.raises(ValueError, match=f"{name} was"):
             run("x", True, **dict(num_epochs=5, lr=1e-3) | {name: value})

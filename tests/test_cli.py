@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/08_cli.ipynb`."""
+"""Tests of chapter `nbs/practice/13_command.ipynb`."""
 import csv
 import inspect
 import io
@@ -44,17 +44,12 @@ from ddpo_scratch.command.cli import (
 )
 from ddpo_scratch.command.plan import make_plan
 from ddpo_scratch.prompts import emoji_animal_prompts
-from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum, make_reward
+from ddpo_scratch.rewards import JPEGCompressibility
+from ddpo_scratch.scorers.names import WeightedSum, make_reward
 from ddpo_scratch.trainer.checkpoints import write_file
 from ddpo_scratch.trainer.lora import LORA_TARGETS
-from ddpo_scratch.training import (
-    EVALUATION,
-    PRESETS,
-    DDPOConfig,
-    check_run,
-    make_config,
-    noise_sources,
-)
+from ddpo_scratch.trainer.training import PRESETS, TrainerConfig, check_run, make_config
+from ddpo_scratch.training import EVALUATION, noise_sources
 from helpers import Started, as_flags, ddpo_train, embedded, flat, last_line, opened, run_card, twin
 
 SMALL = dict(num_epochs=2, num_samples_per_epoch=5, samples_per_prompt=1, num_eval_samples=2,
@@ -122,7 +117,7 @@ def test_the_command_leaves_a_whole_run(model, twins):
             "epoch", "reward_mean", "reward_std", "eval_right_animal", "loss", "grad_norm",
             "clip_fraction", "approx_kl", "max_log_ratio", "skipped", "seconds"]
         assert len(list(csv.DictReader((path / "evaluation.csv").open()))) == 2
-        config = DDPOConfig(**yaml.safe_load((path / "config.yaml").read_text()))
+        config = TrainerConfig(**yaml.safe_load((path / "config.yaml").read_text()))
         assert config == make_config("emoji", **settings, seed=3, device=config.device)
         trained = StableDiffusionPipeline.from_pretrained(path / "pipeline")
         fresh = opened(twins[model]) if model in twins else embedded()
@@ -138,8 +133,8 @@ def test_help_names_every_field_in_its_group():
     "Each field of the config once, with its meaning; the three to touch first; both presets."
     with TemporaryDirectory() as folder:
         text = re.sub(r"[\s│─]+", " ", ddpo_train(folder, "--help").stdout)
-    meanings = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(DDPOConfig), re.M))
-    assert set(meanings) == {field.name for field in fields(DDPOConfig)}
+    meanings = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainerConfig), re.M))
+    assert set(meanings) == {field.name for field in fields(TrainerConfig)}
     assert sorted(name for _, names in GROUPS.values() for name in names) == sorted(meanings)
     for meaning, names in GROUPS.values():
         assert meaning in text
@@ -212,7 +207,7 @@ def test_an_adapter_has_a_learning_rate_of_its_own(tmp_path):
                       ("--preset blog --lora-rank=16 --lr 1e-5", 1e-5), ("", 1.3e-4),
                       ("--lora_rank 8", 1e-3), ("--preset sdxl --lora_rank 64", 3e-4)):
         assert parse(flags.split()).config.lr == lr, flags
-    assert DDPOConfig().lr == 5e-6 and DDPOConfig(lora_rank=2).lr == 3e-4
+    assert TrainerConfig().lr == 5e-6 and TrainerConfig(lora_rank=2).lr == 3e-4
     assert make_config("emoji", lora_rank=8).lr == 1e-3
     whole = parse("--preset sd35 --lora_rank 0".split()).config
     assert (whole.lr, whole.lora_alpha, whole.lora_targets) == (5e-6, None, LORA_TARGETS)
@@ -330,7 +325,7 @@ def test_what_is_written_down_is_what_ran(twins):
             run_training(config, embedded(), a_fox, ThirdTime(), str(folder))
         ran = yaml.safe_load((folder / "config.yaml").read_text())
         assert ran["reward"] == f"{__name__}:ThirdTime" and ran["prompts"] == f"{__name__}:a_fox"
-        assert ran["pipeline"] == "emoji" and ran["device"] == "cpu" and DDPOConfig(**ran)
+        assert ran["pipeline"] == "emoji" and ran["device"] == "cpu" and TrainerConfig(**ran)
         note = (folder / "UNFINISHED.txt").read_text()
         assert "did not finish" in note and "RuntimeError: the scorer has run out of ink" in note
         left = {path.name for path in folder.iterdir()}
@@ -368,7 +363,8 @@ def test_an_adapter_is_left_instead_of_the_pipeline(model, twins):
         run_training(config, pipe, emoji_animal_prompts, JPEGCompressibility(), folder)
         left = {path.name for path in folder.iterdir()}
         assert "lora" in left and not {"pipeline", "UNFINISHED.txt", "lora.part"} & left
-        assert DDPOConfig(**yaml.safe_load((folder / "config.yaml").read_text())).lora_targets == (
+        left = TrainerConfig(**yaml.safe_load((folder / "config.yaml").read_text()))
+        assert left.lora_targets == (
             "to_q", "to_k", "to_v", "to_out.0")
         plain = base()
         plain.load_lora_weights(folder / "lora")
@@ -430,7 +426,8 @@ def test_events_of_a_resumed_run_are_told_once(flags, tmp_path):
 
 
 OWN = """
-from ddpo_scratch.rewards import JPEGCompressibility, WeightedSum
+from ddpo_scratch.rewards import JPEGCompressibility
+from ddpo_scratch.scorers.names import WeightedSum
 
 def redness(images, prompts):
     images[:] = images[..., :1]
@@ -726,14 +723,14 @@ def test_star_import_gives_the_main_names():
     public = {name for name in names if not name.startswith("_")}
     assert public >= {
         "load_pipeline", "imagenet_animal_prompts", "emoji_animal_prompts", "PromptDataset",
-        "sd_sample", "decoding_fn", "calculate_log_probs", "step_distribution", "MLP",
+        "sd_sample", "decoding_fn", "calculate_log_probs", "policy_step", "MLP",
         "load_aesthetic_model_weights", "aesthetic_model_normalize", "aesthetic_scoring",
         "AestheticReward", "JPEGCompressibility", "JPEGIncompressibility", "make_reward",
-        "PerPromptStatTracker", "compute_loss", "clipped_surrogate", "DDPOConfig", "make_config",
+        "PerPromptStatTracker", "compute_loss", "clipped_surrogate", "TrainerConfig", "make_config",
         "make_prompt_fn", "sample_and_calculate_rewards", "train", "evaluate", "fresh_prompts",
         "verdict", "run_training", "named_right", "load_classifier", "Scorer", "PickScore",
         "CLIPScore", "VisionJudge"}
     assert not public & {"fit", "blur", "parse", "differences", "write_file", "csv_text", "augment",
                          "check_field", "to_array", "prepare", "main", "COUNTS", "TRAINING",
                          "run_folder", "check_run_name", "LORA_TARGETS", "text_of", "Command"}
-    assert len(public) < 70, sorted(public)
+    assert len(public) < 80, sorted(public)

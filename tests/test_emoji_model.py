@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/appendix/10_emoji_model.ipynb`."""
+"""Tests of chapter `nbs/appendix/30_emoji_model.ipynb`."""
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,8 +9,8 @@ from torch import nn
 from transformers import CLIPTokenizer
 
 import ddpo_scratch
+from ddpo_scratch.animals import load_judge, share_right
 from ddpo_scratch.prompts import emoji_animals
-from ddpo_scratch.rewards import load_judge, share_right
 from ddpo_scratch.workshop.emoji_model import (
     BACKGROUNDS,
     PHRASINGS,

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/11_lora.ipynb`."""
+"""Tests of chapter `nbs/practice/19_lora.ipynb`."""
 import os
 from tempfile import TemporaryDirectory
 
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ddpo_scratch.models.families import network_of
 from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline, pipeline_source
-from ddpo_scratch.sampling import decoding_fn, sd_sample
+from ddpo_scratch.sampling import decoding_fn
 from ddpo_scratch.trainer.lora import (
     LORA_FILE,
     AdapterOff,
@@ -19,7 +19,8 @@ from ddpo_scratch.trainer.lora import (
     load_lora,
     save_lora,
 )
-from ddpo_scratch.training import TrainingState, make_config, make_prompt_fn, train
+from ddpo_scratch.trainer.sampling import sd_sample
+from ddpo_scratch.trainer.training import TrainingState, make_config, make_prompt_fn, train
 from helpers import embedded, redness, twin
 
 SMALL = dict(num_epochs=2, num_samples_per_epoch=8, samples_per_prompt=1, batch_size=4,

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/18_models.ipynb`."""
+"""Tests of chapter `nbs/practice/24_models.ipynb`."""
 import copy
 import re
 import warnings
@@ -21,7 +21,6 @@ from torch._dynamo.utils import counters
 from torch.distributions import MultivariateNormal, Normal
 
 from ddpo_scratch.command.cli import run_training
-from ddpo_scratch.loss import step_loss
 from ddpo_scratch.models.families import (
     Conditioning,
     family_of,
@@ -32,17 +31,16 @@ from ddpo_scratch.models.families import (
 )
 from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline
 from ddpo_scratch.rewards import JPEGCompressibility
-from ddpo_scratch.sampling import (
-    Schedule,
-    calculate_log_probs,
-    decoding_fn,
+from ddpo_scratch.sampling import Schedule, calculate_log_probs, decoding_fn
+from ddpo_scratch.trainer.lora import save_lora
+from ddpo_scratch.trainer.loss import step_loss
+from ddpo_scratch.trainer.sampling import (
     encode_prompts,
     make_schedule,
+    policy_step,
     sd_sample,
-    step_distribution,
 )
-from ddpo_scratch.trainer.lora import save_lora
-from ddpo_scratch.training import make_config, make_prompt_fn, train, warn_of_much_noise
+from ddpo_scratch.trainer.training import make_config, make_prompt_fn, train, warn_of_much_noise
 from ddpo_scratch.workshop.twins import TWINS, make_twin
 from helpers import ddpo_train, embedded, fake_gpu, opened, redness, run_card
 
@@ -140,10 +138,10 @@ def test_samples_do_not_see_each_other(name, twins):
         x = torch.randn(3, *sd_sample(prompts[:1], pipe, 32, 32, 1.0, 1, 0.7, "cpu")[0].shape[1:])
         schedule = make_schedule(pipe, 4, 0.7, 4, 4)
         with torch.no_grad():
-            mean, _ = step_distribution(network_of(pipe), x, 2, words, schedule, guidance)
-            one, _ = step_distribution(network_of(pipe), x[1:2], 2, words[[1]], schedule, guidance)
+            mean, _ = policy_step(network_of(pipe), x, 2, words, schedule, guidance)
+            one, _ = policy_step(network_of(pipe), x[1:2], 2, words[[1]], schedule, guidance)
             steps = torch.tensor([1, 2, 0])  # a step of its own for each
-            mixed, _ = step_distribution(network_of(pipe), x, steps, words, schedule, guidance)
+            mixed, _ = policy_step(network_of(pipe), x, steps, words, schedule, guidance)
         torch.testing.assert_close(mean[1:2], one, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mixed[1:2], one, rtol=1e-4, atol=1e-5)
         assert (mixed - mean).abs().amax((1, 2, 3))[[0, 2]].min() > 1e-3
@@ -231,7 +229,7 @@ def test_without_noise_it_is_eulers_step():
         assert torch.equal(theirs.timesteps.double(), schedule.timesteps)
         for step, t in enumerate(theirs.timesteps):
             x, v = torch.randn(2, 3, 4, 2, 2, generator=noise(step), dtype=torch.float64)
-            mean, std = step_distribution(
+            mean, std = policy_step(
                 Network(lambda *_: v), x, step, NO_WORDS, schedule, 1.0)
             expected = theirs.step(v.float(), t, x.float()).prev_sample
             torch.testing.assert_close(mean.float(), expected, rtol=1e-5, atol=1e-5)
@@ -248,7 +246,7 @@ def test_the_step_is_flow_grpos():
             sigma = a * (t / (1 - (levels[1] if t == 1 else t))) ** 0.5
             dt = after - t
             expected = x + (v + sigma**2 / (2 * t) * (x + (1 - t) * v)) * dt
-            mean, std = step_distribution(
+            mean, std = policy_step(
                 Network(lambda *_: v), x, step, NO_WORDS, schedule, 1.0)
             torch.testing.assert_close(mean, expected)
             assert std.item() == pytest.approx(sigma * (-dt) ** 0.5)
@@ -313,7 +311,7 @@ def test_the_walk_ends_in_the_data():
             g = noise()
             x = torch.randn(20_000, 2, 1, 1, generator=g, dtype=torch.float64)
             for step in range(steps):
-                mu, std = step_distribution(
+                mu, std = policy_step(
                     Network(perfect_velocity), x, step, NO_WORDS, schedule, 1.0)
                 x = mu + std * torch.randn(x.shape, generator=g, dtype=torch.float64)
             x = x.flatten(1)

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/tutorial/00_pipelines.ipynb`."""
+"""Tests of chapter `nbs/tutorial/01_pipelines.ipynb`."""
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/15_plan.ipynb`."""
+"""Tests of chapter `nbs/practice/23_plan.ipynb`."""
 import gc
 import subprocess
 import sys
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ddpo_scratch.animals import load_classifier, load_judge
 from ddpo_scratch.command.cli import parse
 from ddpo_scratch.command.plan import (
     STABLE_DIFFUSION_1,
@@ -21,10 +22,10 @@ from ddpo_scratch.command.plan import (
 )
 from ddpo_scratch.models.families import frozen_parts, network_of, text_encoders
 from ddpo_scratch.pipelines import load_pipeline
-from ddpo_scratch.rewards import JPEGCompressibility, load_classifier, load_judge
+from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.trainer.lora import add_lora
 from ddpo_scratch.trainer.precision import DTYPES
-from ddpo_scratch.training import make_config, train
+from ddpo_scratch.trainer.training import make_config, train
 from ddpo_scratch.workshop.twins import TWINS
 from helpers import embedded, opened
 

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/12_precision.ipynb`."""
+"""Tests of chapter `nbs/practice/20_precision.ipynb`."""
 import io
 import math
 import warnings
@@ -9,15 +9,22 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ddpo_scratch import training
 from ddpo_scratch.command import cli
 from ddpo_scratch.command.cli import plain_reward
-from ddpo_scratch.loss import compute_loss
 from ddpo_scratch.models.families import network_of
-from ddpo_scratch.sampling import decoding_fn, encode_prompts, sd_sample
+from ddpo_scratch.sampling import decoding_fn
+from ddpo_scratch.trainer import training
 from ddpo_scratch.trainer.checkpoints import state_from_dict, state_to_dict
+from ddpo_scratch.trainer.loss import compute_loss
 from ddpo_scratch.trainer.precision import averages_bytes, in_precision, make_optimizer, on_the_cpu
-from ddpo_scratch.training import TrainingState, evaluate, make_config, make_prompt_fn, train
+from ddpo_scratch.trainer.sampling import encode_prompts, sd_sample
+from ddpo_scratch.trainer.training import (
+    TrainingState,
+    evaluate,
+    make_config,
+    make_prompt_fn,
+    train,
+)
 from helpers import embedded, fake_gpu, redness, twin
 
 SMALL = dict(num_epochs=1, num_samples_per_epoch=8, samples_per_prompt=1, batch_size=4,
@@ -238,7 +245,7 @@ def test_the_loss_with_the_text_encoder_elsewhere():
         for module, place in ((fake.unet, "cuda"), (fake.text_encoder, "cpu")):
             module.to(place)
         xs, log_probs = torch.zeros(5, 2, 4, 8, 8).cuda(), torch.zeros(4, 2).cuda()
-        with patch("torch.Tensor.backward"), patch("ddpo_scratch.loss.sum_up") as watched:
+        with patch("torch.Tensor.backward"), patch("ddpo_scratch.trainer.loss.sum_up") as watched:
             watched.return_value = 0.0, {}
             compute_loss(xs, log_probs, torch.ones(2).cuda(), 10.0, 1e-4, ["a fox", "an owl"],
                          fake, 4, 3.0, 1.0, "cuda")

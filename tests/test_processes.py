@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/14_processes.ipynb`."""
+"""Tests of chapter `nbs/practice/22_processes.ipynb`."""
 import os
 import random
 import socket
@@ -17,7 +17,7 @@ from ddpo_scratch.trainer.processes import (
     processes,
     sum_gradients,
 )
-from ddpo_scratch.training import TrainingState, evaluate, fresh_prompts, make_config, train
+from ddpo_scratch.trainer.training import TrainingState, evaluate, fresh_prompts, make_config, train
 from helpers import Started, as_flags, flat, forks, opened
 
 

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/tutorial/01_prompts.ipynb`."""
+"""Tests of chapter `nbs/tutorial/05_prompts.ipynb`."""
 import random
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader
 from ddpo_scratch.prompts import (
     COMMON_ANIMALS,
     PromptDataset,
-    PromptFile,
     common_animal_prompts,
     emoji_animal_prompts,
     emoji_common_animal_prompts,
@@ -17,6 +16,7 @@ from ddpo_scratch.prompts import (
     imagenet_animals,
     with_article,
 )
+from ddpo_scratch.trainer.training import PromptFile
 
 
 # torchvision keeps a list of its own. It renamed one animal, because ImageNet also has a crane that

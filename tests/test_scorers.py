@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/17_scorers.ipynb`."""
+"""Tests of chapter `nbs/practice/18_scorers.ipynb`."""
 # The large weights cannot be had here. The same classes are built small, saved, and loaded from
 # files in the way in which the large ones would be.
 import base64
@@ -23,8 +23,13 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from ddpo_scratch.pipelines import load_pipeline
-from ddpo_scratch.rewards import load_open_clip
-from ddpo_scratch.scorers.scorers import CLIPScore, PickScore, VisionJudge, number_in
+from ddpo_scratch.scorers.scorers import (
+    CLIPScore,
+    PickScore,
+    VisionJudge,
+    load_open_clip,
+    number_in,
+)
 
 PROMPTS = ["a fox", "an owl", "a picture of a cat"]
 
@@ -227,7 +232,7 @@ def test_a_judge_that_stays_away():
                 VisionJudge(url, kind, client=dict(
                     api_key="sk-secret", max_retries=1))(image, prompt)
             assert "sk-secret" not in str(left.value)
-        with pytest.raises(ValueError, match="VisionJudge: 1 pictures and 2 prompts"):
+        with pytest.raises(ValueError, match="VisionJudge: 1 images and 2 prompts"):
             VisionJudge(url, "well")(image, ["a", "b"])
     with pytest.raises(ValueError, match="http://127.0.0.1:9/v1 gives no answer.*[Cc]onnect"):
         VisionJudge("http://me:hunter2@127.0.0.1:9/v1", "well", client=dict(max_retries=0))(

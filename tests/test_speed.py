@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/20_speed.ipynb`."""
+"""Tests of chapter `nbs/practice/25_speed.ipynb`."""
 import functools
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,12 +13,12 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddpo_scratch.loss import compute_loss
 from ddpo_scratch.models.families import network_of
-from ddpo_scratch.sampling import encode_prompts, make_schedule, sd_sample
 from ddpo_scratch.trainer import speed
 from ddpo_scratch.trainer.checkpoints import state_from_dict, state_to_dict
 from ddpo_scratch.trainer.lora import add_lora
+from ddpo_scratch.trainer.loss import compute_loss
+from ddpo_scratch.trainer.sampling import encode_prompts, make_schedule, sd_sample
 from ddpo_scratch.trainer.speed import (
     Compiled,
     cheapest,
@@ -28,7 +28,7 @@ from ddpo_scratch.trainer.speed import (
     onto,
     searching_pays,
 )
-from ddpo_scratch.training import TrainingState, make_config, train
+from ddpo_scratch.trainer.training import TrainingState, make_config, train
 from ddpo_scratch.workshop.bench import Work, plain_gradient
 from ddpo_scratch.workshop.twins import TWINS
 from helpers import embedded, twin
@@ -149,7 +149,7 @@ def test_nothing_is_asked_between_the_first_step_and_the_loss():
         pipe, xs, log_probs = moved(name, 3.0)
         words = encode_prompts(PROMPTS, pipe, 3.0, "cpu")
         made = functools.cache(make_schedule)  # tables are made on the CPU
-        with patch("ddpo_scratch.loss.make_schedule", made):
+        with patch("ddpo_scratch.trainer.loss.make_schedule", made):
             ours(pipe, xs, log_probs, 3.0, words=words)
             for search in (False, True):
                 with Questions() as questions:

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/tutorial/04_stat_tracker.ipynb`."""
+"""Tests of chapter `nbs/tutorial/07_stat_tracker.ipynb`."""
 
 import numpy as np
 import pytest

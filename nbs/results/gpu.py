@@ -13,13 +13,13 @@ import torch
 
 from ddpo_scratch.command.cli import csv_text, write_file
 from ddpo_scratch.command.plan import full_size
-from ddpo_scratch.loss import step_loss
 from ddpo_scratch.prompts import imagenet_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
-from ddpo_scratch.sampling import encode_prompts, make_schedule, step_distribution
+from ddpo_scratch.trainer.loss import step_loss
 from ddpo_scratch.trainer.precision import in_precision
+from ddpo_scratch.trainer.sampling import encode_prompts, make_schedule, policy_step
 from ddpo_scratch.trainer.speed import Compiled, off, onto
-from ddpo_scratch.training import make_config, train
+from ddpo_scratch.trainer.training import make_config, train
 
 DEVICE, FILE, rows = torch.device("cuda"), Path(__file__).with_name("gpu.csv"), []
 
@@ -54,7 +54,7 @@ def calls(variant, pipe, sampled, trained, precision="bf16"):
 
     def sample():
         with torch.no_grad():
-            step_distribution(pipe.unet, x[0], 3, several, schedule, 5.0)
+            policy_step(pipe.unet, x[0], 3, several, schedule, 5.0)
 
     def learn():
         step_loss(zeros.long(), *x, zeros, zeros + 1, 1e-4, several, pipe.unet, schedule,

@@ -1,7 +1,7 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
 `groups`, `reinforce`, `steps`, `gamed` and `incompressible` train, and have a line for each look at
-fresh pictures on the way, and for chapter 9 a strip of pictures. The others look at what commands
+fresh pictures on the way, and for chapter 12 a strip of pictures. The others look at what commands
 have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
 
     ddpo_train --seed N --name seedN
@@ -36,42 +36,37 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from ddpo_scratch.animals import load_classifier, load_judge, share_right
 from ddpo_scratch.command.cli import csv_text, plain_reward, png_bytes, progress_strip, write_file
 from ddpo_scratch.command.plan import make_plan
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.prompts import PromptDataset, emoji_common_animal_prompts
-from ddpo_scratch.rewards import (
-    JPEGCompressibility,
-    WeightedSum,
-    load_classifier,
-    load_judge,
-    make_reward,
-    share_right,
-)
-from ddpo_scratch.sampling import decoding_fn, sd_sample
-from ddpo_scratch.training import (
-    EVALUATION,
+from ddpo_scratch.rewards import JPEGCompressibility
+from ddpo_scratch.sampling import decoding_fn
+from ddpo_scratch.scorers.names import WeightedSum, make_reward
+from ddpo_scratch.trainer.sampling import sd_sample
+from ddpo_scratch.trainer.training import (
     evaluate,
     fresh_prompts,
     make_config,
     make_prompt_fn,
     no_reward,
-    noise_sources,
     train,
 )
+from ddpo_scratch.training import EVALUATION, noise_sources
 from ddpo_scratch.workshop.emoji_model import BACKGROUNDS, named_right
 
 HERE = Path(__file__).parent
 kilobytes, judge, classifier = JPEGCompressibility(), load_judge(), load_classifier()
 
-# Chapter 4. The preset with each of three answers to "better than what?".
+# Chapter 7. The preset with each of three answers to "better than what?".
 GROUPS = {
     "batch": dict(samples_per_prompt=1, min_count=256),  # a prompt's own are never enough
     "running": dict(samples_per_prompt=1, buffer_size=32, min_count=8),
     "groups": dict(samples_per_prompt=16, buffer_size=32, min_count=8),
 }
 
-# Chapter 5. One update for an epoch's pictures, with the preset's learning rate or a larger one;
+# Chapter 8. One update for an epoch's pictures, with the preset's learning rate or a larger one;
 # and four, with the ratio and without the clip.
 REINFORCE = GROUPS["running"] | dict(batch_size=128)
 REINFORCES = {
@@ -80,7 +75,7 @@ REINFORCES = {
     "unclipped": GROUPS["running"] | dict(clip_ratio=1e8),
 }
 
-# Chapter 9. A reward that does not read the prompt, first with large steps; then the cures.
+# Chapter 12. A reward that does not read the prompt, first with large steps; then the cures.
 GAMED = dict(reward="jpeg_compressibility", cfg=3.0, samples_per_prompt=1, batch_size=16)
 SMALL_STEPS = GAMED | dict(num_epochs=16, lr=1.5e-4)
 CURES = {
@@ -92,7 +87,7 @@ CURES = {
 }
 
 
-# Chapter 20. The preset with all of its eight steps, the first four, or four that are drawn.
+# Chapter 25. The preset with all of its eight steps, the first four, or four that are drawn.
 STEPS = {
     "all eight": dict(timestep_fraction=1.0),
     "the first four": dict(timestep_fraction=0.5),
@@ -106,7 +101,7 @@ class TimeIsUp(Exception):
 
 def watched(
     name: str,       # of the run, for the table
-    config,          # `DDPOConfig`
+    config,          # `TrainerConfig`
     looked_at: int,  # how many fresh pictures
     every: int,      # epochs from look to look
     strip: Path | None = None,  # where to leave the pictures of six prompts
@@ -157,37 +152,37 @@ def compared(runs):
 
 
 def groups():
-    "Chapter 4."
+    "Chapter 7."
     return compared(GROUPS)
 
 
 def reinforce():
-    "Chapter 5."
+    "Chapter 8."
     return compared(REINFORCES)
 
 
 def steps():
-    "Chapter 20. Four minutes of training each, looks not counted, on a machine with nothing else."
+    "Chapter 25. Four minutes of training each, looks not counted, on a machine with nothing else."
     return [row for seed in (0, 1) for name, changes in STEPS.items()
             for row in watched(name, make_config(
                 "emoji", seed=seed, num_epochs=1000, **changes), 512, 8, limit=240)]
 
 
 def gamed():
-    "Chapter 9."
+    "Chapter 12."
     return [row for name, changes in CURES.items() for row in watched(
         name, make_config("emoji", **changes), 128, 2,
         HERE / f"gamed_{name.replace(' ', '_')}.png")]
 
 
 def incompressible():
-    "The other way round; chapter 9."
+    "The other way round; chapter 12."
     config = make_config("emoji", **SMALL_STEPS | dict(reward="jpeg_incompressibility"))
     return watched("incompressible", config, 128, 2, HERE / "gamed_incompressible.png")
 
 
 def right():
-    "Right animals without and with guidance before training, and without it after; chapter 7."
+    "Right animals without and with guidance before training, and without it after; chapter 11."
     rows = []
     for seed in (0, 1, 2):
         for model, guidance in (("untrained", 1.0), ("untrained", 3.0), ("untrained", 5.0),
@@ -218,7 +213,7 @@ SAMPLERS = {  # steps, eta, guidance
 
 
 def samplers():
-    "The trained model under samplers that it was not trained with; chapter 7."
+    "The trained model under samplers that it was not trained with; chapter 11."
     rows = []
     for seed in (0, 2):
         config = make_config("emoji", seed=seed, num_eval_samples=256)
@@ -239,7 +234,7 @@ def samplers():
 
 
 def flow():
-    "The flow model, before and after training, as it was trained and by pipe(prompt); chapter 18."
+    "The flow model, before and after training, as it was trained and by pipe(prompt); chapter 24."
     rows = []
     for seed in (0, 1):
         config = make_config("emoji", pipeline="emoji_flow", eta=0.7, seed=seed)
@@ -270,8 +265,8 @@ def names_of_cell(
 
 
 def guidance():
-    "Guidance towards the classifier in place of training, and sampling without it; chapter 7."
-    names, rows = names_of_cell("tutorial/07_results.ipynb", "def guided("), []
+    "Guidance towards the classifier in place of training, and sampling without it; chapter 11."
+    names, rows = names_of_cell("tutorial/11_results.ipynb", "def guided("), []
     random.seed(0)
     prompts = list(PromptDataset(emoji_common_animal_prompts, 128))
     for strength in ("none", 0.0, 0.3, 1.0, 3.0, 10.0):
@@ -291,7 +286,7 @@ def guidance():
 
 
 def named():
-    "Three pictures of every animal, guided, in 50 steps: the share that is right; chapter 10."
+    "Three pictures of every animal, guided, in 50 steps: the share that is right; chapter 30."
     return [{"right": round(named_right(load_pipeline("emoji", "cpu"), judge), 4)}]
 
 
@@ -304,7 +299,7 @@ def ground_of(images):
 
 def backgrounds():
     """What the classifier thinks of the untrained model's pictures when their ground is recoloured,
-    and which grounds the untrained and the trained models draw; chapter 7."""
+    and which grounds the untrained and the trained models draw; chapter 11."""
     rows, palette = [], np.array(list(BACKGROUNDS.values()))
     for seed in (0, 1, 2):
         config, drawn = make_config("emoji", seed=seed), {}
@@ -327,7 +322,7 @@ def backgrounds():
 
 
 def evaluations():
-    "What the command's own evaluation said of the runs that are in runs/; chapters 4, 7 and 11."
+    "What the command's own evaluation said of the runs that are in runs/; chapters 7, 11 and 19."
     rows = []
     for folder in sorted(Path("runs").iterdir()):
         if not (folder / "evaluation.csv").exists(): continue
@@ -346,7 +341,7 @@ PROCESSES = ("--num_epochs 3 --num_samples_per_epoch 11 --samples_per_prompt 1 -
 
 
 def processes():
-    "The same run by one process and by two, each with one thread; chapter 14."
+    "The same run by one process and by two, each with one thread; chapter 22."
     launch, rows = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"], []
     for count in ("1", "2"):
         with TemporaryDirectory() as folder:
@@ -359,7 +354,7 @@ def processes():
 
 
 def plans():
-    "What the presets for large models take, as they are and without offload; chapter 18."
+    "What the presets for large models take, as they are and without offload; chapter 24."
     rows = []
     for preset in ("sdxl", "sd35", "flux"):
         config = make_config(preset)
