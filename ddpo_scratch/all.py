@@ -10,9 +10,11 @@ from .training import *
 from .models.families import *
 from .scorers.names import *
 from .scorers.scorers import *
-from .trainer.sampling import *
-from .trainer.loss import *
+from .trainer.config import *
+from .trainer.policy import *
+from .trainer.gradient import *
 from .trainer.lora import *
-from .trainer.training import *
+from .trainer.trainer import *
+from .trainer.evaluation import *
 from .command.cli import *
 from .workshop.emoji_model import *

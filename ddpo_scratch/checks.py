@@ -252,23 +252,37 @@ def check_rewards(
     return torch.from_numpy(array)
 
 # %% ../nbs/appendix/90_checks.ipynb 15
+def check_pair(name: str, value) -> None:
+    if not is_number(value, numbers.Integral, 2):
+        raise ValueError(f"{name} must be a whole number of at least 2, not {value!r}: a single "
+                         "reward is its own mean.")
+
+
+def check_seed(name: str, value) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= value < 2**31:
+        raise ValueError(f"{name} must be a whole number from 0 to 2147483647, not {value!r}.")
+
+
+def check_side(name: str, value) -> None:
+    if not is_number(value, numbers.Integral, 8) or value % 8:
+        raise ValueError(f"{name} must be a multiple of 8 pixels, not {value!r}.")
+
+
+HYPERPARAMETERS = {
+    **dict.fromkeys(("num_samples_per_epoch", "num_epochs", "num_inner_epochs", "num_timesteps",
+                     "batch_size", "sample_batch_size"), check_count),
+    **dict.fromkeys(("lr", "max_grad_norm", "clip_advantages", "clip_ratio", "eta"),
+                    check_positive),
+    **dict.fromkeys(("cfg", "weight_decay"), check_not_negative),
+    **dict.fromkeys(("buffer_size", "min_count"), check_pair),
+    "seed": check_seed, "img_size": check_side}
+
+
 def check_config(
     config,  # `DDPOConfig`
 ) -> None:
     "`ValueError` for a hyperparameter that is out of range."
-    for name in ("num_samples_per_epoch", "num_epochs", "num_inner_epochs", "num_timesteps",
-                 "batch_size", "sample_batch_size", "buffer_size", "min_count"):
-        check_count(name, getattr(config, name))
-    for name in ("lr", "max_grad_norm", "clip_advantages", "clip_ratio", "eta"):
-        check_positive(name, getattr(config, name))
-    for name in ("cfg", "weight_decay"):
-        check_not_negative(name, getattr(config, name))
-    if config.min_count < 2:
-        raise ValueError("min_count must be at least 2: a single reward is its own mean.")
+    for name, check in HYPERPARAMETERS.items(): check(name, getattr(config, name))
     if config.min_count > config.buffer_size:
         raise ValueError(f"min_count {config.min_count} can never be reached in a buffer of "
                          f"{config.buffer_size}: make buffer_size at least as large.")
-    if not isinstance(config.seed, numbers.Integral) or not 0 <= config.seed < 2**31:
-        raise ValueError(f"seed must be a whole number from 0 to 2147483647, not {config.seed!r}.")
-    if not is_number(config.img_size, numbers.Integral, 8) or config.img_size % 8:
-        raise ValueError(f"img_size must be a multiple of 8 pixels, not {config.img_size!r}.")

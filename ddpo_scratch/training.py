@@ -36,7 +36,7 @@ class DDPOConfig:
     sample_batch_size: int = 32       # images sampled at a time; does not change the result
     img_size: int = 512               # height and width of an image, pixels
     lr: float = 5e-6                  # learning rate of AdamW
-    weight_decay: float = 1e-4        # of AdamW
+    weight_decay: float = 1e-4        # AdamW's weight decay
     max_grad_norm: float = 1.0        # a gradient with a larger norm is scaled down to it
     clip_advantages: float = 10.0     # advantages are clipped to plus or minus this
     clip_ratio: float = 1e-4          # ε, how far the clip lets an importance ratio move from 1

@@ -22,7 +22,9 @@ from ddpo_scratch import sampling
 from ddpo_scratch.command.door import main
 from ddpo_scratch.models.families import frozen_parts, network_of
 from ddpo_scratch.pipelines import ddim_scheduler, is_flow, load_pipeline
-from ddpo_scratch.trainer import sampling as trainer_sampling
+from ddpo_scratch.trainer import policy
+from ddpo_scratch.trainer.policy import Policy, check_policy
+from ddpo_scratch.trainer.trainer import DDPOTrainer
 from ddpo_scratch.workshop.twins import make_twin
 
 TINY = dict(num_epochs=2, num_samples_per_epoch=7, samples_per_prompt=1, sample_batch_size=3,
@@ -113,6 +115,19 @@ def moved(pipe, direction):
             p += d.view_as(p)
 
 
+def sample(prompts, pipe, steps, guidance=1.0, eta=1.0, size=(64, 64), generators=None, **others):
+    "The policy, and a trajectory for each prompt."
+    policy = Policy(pipe, steps, guidance, eta, size, **others)
+    check_policy(policy)
+    return policy, policy.sample(policy.encode(prompts).to(policy.device), generators)
+
+
+def train(config, pipe, prompt_fn, reward_fn, *callbacks, eval_rewards={}, state=None, **others):
+    "A trainer's whole run: the rows of its epochs."
+    return DDPOTrainer(config, pipe, prompt_fn, reward_fn, eval_rewards, state).train(
+        *callbacks, **others)
+
+
 @contextmanager
 def fake_gpu():
     """Tensors know their shape, type and device, and hold no data: one on the wrong device raises.
@@ -122,12 +137,12 @@ def fake_gpu():
         def run(*args):
             with unset_fake_temporarily(): return make(*args)
         return run
-    ddim, flow = outside(sampling.ddim_schedule), outside(trainer_sampling.flow_schedule)
+    ddim, flow = outside(sampling.ddim_schedule), outside(policy.flow_schedule)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
         with (FakeTensorMode(allow_non_fake_inputs=True),
               patch.multiple(sampling, ddim_schedule=ddim),
-              patch.multiple(trainer_sampling, ddim_schedule=ddim, flow_schedule=flow)): yield
+              patch.multiple(policy, ddim_schedule=ddim, flow_schedule=flow)): yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
 

@@ -4,10 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import pytest
 
-from ddpo_scratch.workshop.bench import Contender, Work, our_epochs, plain_epochs
+from ddpo_scratch.workshop import bench
+from ddpo_scratch.workshop.bench import Contender, Work, command_of, main, run_epochs
 
 
 @pytest.mark.slow
@@ -16,7 +18,7 @@ def test_the_command_leaves_a_table():
     with TemporaryDirectory() as room:
         subprocess.run(
             [sys.executable, "-m", "ddpo_scratch.workshop.bench", "--rounds", "2", "--out", room,
-             "--work", '{"samples": 4, "steps": 2, "batch": 2, "max_unet_batch": 16}'],
+             "--work", '{"samples": 4, "steps": 2, "batch": 2, "micro_batch_size": 16}'],
             check=True, capture_output=True)
         rows = list(csv.DictReader((Path(room) / "bench.csv").open(encoding="utf-8")))
     assert [(row["round"], row["contender"]) for row in rows] == [
@@ -29,9 +31,6 @@ def test_the_command_leaves_a_table():
 
 def test_bad_arguments_end_in_a_line():
     "No traceback: what was given, and what may be."
-    from unittest.mock import patch
-
-    from ddpo_scratch.workshop.bench import main
     for flags, match in ((["--work", "nonsense"], "'nonsense'.*JSON with some of samples, steps"),
                          (["--work", '{"sample": 3}'], "'sample'.*some of samples, steps"),
                          (["--rounds", "0"], "at least 1, not 0")):
@@ -39,27 +38,24 @@ def test_bad_arguments_end_in_a_line():
             main()
 
 
-class Enough(Exception):
-    "Raised to leave a loop that has no end."
-
-
 def test_both_do_the_same_work():
     "As many rows with a gradient and without, in calls of one step or of as many as may be."
-    from unittest.mock import patch
-
-    from ddpo_scratch.workshop import bench
-    work = Work(samples=4, steps=2, batch=2, max_unet_batch=8, skip_clipped=False)
+    work = Work(samples=4, steps=2, batch=2, micro_batch_size=4)
     seen = []
     def watched(pipe, calls, work):
         seen.append(list(calls))
         return {}
-    def stop(seconds): raise Enough
     with patch.object(bench, "floor", watched):
-        next(plain_epochs(work))
-        with pytest.raises(Enough): our_epochs(work, stop, 1)
+        for contender in ("plain", "ours"): run_epochs(contender, work, lambda seconds: None, 1)
     plain, ours = seen
     assert plain == [(8, False)] * 2 + [(4, True)] * 4
     assert ours == [(8, False)] * 2 + [(8, True)] * 2
+
+
+def test_trls_worker_is_found():
+    "A file of the package, which another environment's Python runs."
+    python, file, _ = command_of("TRL", Work(), "its/python", "room")
+    assert python == "its/python" and Path(file).is_file()
 
 
 def test_a_contender_that_fails_says_why():

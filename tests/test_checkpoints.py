@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/21_checkpoints.ipynb`."""
+"""Tests of chapter `nbs/practice/25_checkpoints.ipynb`."""
 import csv
 import io
 import os
@@ -39,8 +39,9 @@ from ddpo_scratch.trainer.checkpoints import (
     state_to_dict,
     stop_after_a_batch,
 )
-from ddpo_scratch.trainer.training import TrainerConfig, TrainingState, make_config, train
-from helpers import Started, as_flags, ddpo_train, flat, opened, twin
+from ddpo_scratch.trainer.config import TrainerConfig, make_config
+from ddpo_scratch.trainer.trainer import TrainingState
+from helpers import Started, as_flags, ddpo_train, flat, opened, train, twin
 
 SMALL = dict(num_epochs=4, num_samples_per_epoch=4, samples_per_prompt=2, num_eval_samples=2,
              sample_batch_size=2, batch_size=2, num_timesteps=2, save_every=1, img_size=32,
@@ -116,11 +117,11 @@ def trained(config, stop_after=None, checkpoint=None):
 
 
 def test_a_run_goes_on_after_any_batch():
-    "All weights; LoRA, a penalty, drawn steps; bf16: stopped in sampling and in updates."
+    "All weights; LoRA, a penalty, chosen steps; bf16: stopped in sampling and in updates."
     changes = SMALL | dict(num_epochs=2, num_timesteps=2, lr=1e-3, num_inner_epochs=2,
                            anneal_lr=True)
-    some = dict(which_steps="random", timestep_fraction=0.5)
-    kinds = (dict(), dict(lora_rank=2, kl_coef=0.1, **some), dict(kl_coef=0.1, precision="bf16"))
+    some = dict(which_steps="1", timestep_fraction=1.0)
+    kinds = (dict(), dict(lora_rank=2, beta=0.1, **some), dict(beta=0.1, mixed_precision="bf16"))
     for kind in kinds:
         config = make_config("emoji", **changes | kind)
         whole, state = trained(config)
@@ -244,21 +245,21 @@ def test_the_machine_may_change(tmp_path):
     begun = flat(twin("sd2"))
     whole = run("whole", num_epochs=3, lr=1e-3) - begun
     run("x", num_epochs=2, lr=1e-3)
-    run("x", True, num_epochs=3, lr=1e-3, max_unet_batch=1, sample_batch_size=1, save_every=7,
-        gradient_accumulation=2, skip_clipped=False, gradient_checkpointing=True, offload=True)
+    run("x", True, num_epochs=3, lr=1e-3, micro_batch_size=1, sample_batch_size=1, save_every=7,
+        gradient_checkpointing=True, offload=True)
     text = (tmp_path / "x" / "config.yaml").read_text()
-    again = run("x", True, num_epochs=4, lr=1e-3, max_unet_batch=1, sample_batch_size=2)
+    again = run("x", True, num_epochs=4, lr=1e-3, micro_batch_size=1, sample_batch_size=2)
     later = (tmp_path / "x" / "config.yaml").read_text()
     first, second = (set(re.findall("^# (.*)$", part, re.M)) for part in (text, later))
-    assert "from epoch 3 on: max_unet_batch 1, before 32" in first and len(first) == 8
+    assert "from epoch 3 on: micro_batch_size 1, before 32" in first and len(first) == 6
     assert first < second and "from epoch 4 on: sample_batch_size 2, before 1" in second
     assert TrainerConfig(**yaml.safe_load(later)).sample_batch_size == 2
-    for name, value in dict(precision="bf16", lr=2e-3, num_samples_per_epoch=6).items():
+    for name, value in dict(mixed_precision="bf16", lr=2e-3, num_samples_per_epoch=6).items():
         with pytest.raises(ValueError, match=f"{name} was"):
             run("x", True, **dict(num_epochs=5, lr=1e-3) | {name: value})
     assert again.isfinite().all()
     run("y", num_epochs=2, lr=1e-3)
-    same = run("y", True, num_epochs=3, lr=1e-3, max_unet_batch=1, sample_batch_size=1) - begun
+    same = run("y", True, num_epochs=3, lr=1e-3, micro_batch_size=1, sample_batch_size=1) - begun
     assert (same - whole).norm() < 0.05 * whole.norm()
 
 
@@ -271,7 +272,7 @@ def test_other_batches_of_samples_after_a_stop():
         if checkpoint: load_checkpoint(checkpoint, pipe, state)
         def on_batch():
             calls.append(1)
-            if state.now.advantages is not None: raise Stopped("SIGTERM")
+            if state.rollout.advantages is not None: raise Stopped("SIGTERM")
             if len(calls) == stop_after: raise Stopped("SIGTERM")
         def noted(images, prompts):
             seen.extend(prompts)
@@ -343,7 +344,7 @@ def test_an_update_is_whole_or_it_is_not(when, tmp_path):
 
 def test_a_ruined_run_keeps_what_was_whole(tmp_path):
     "Weights that have gone wild are not saved over those of before."
-    config = make_config("emoji", **SMALL | dict(num_epochs=3, keep=1), lr=1e-3)
+    config = make_config("emoji", **SMALL | dict(num_epochs=3, checkpoints_total_limit=1), lr=1e-3)
     pipe = twin("sd2")
     def wild(images, prompts):
         if (tmp_path / "x" / "checkpoints" / "00001").exists():
@@ -355,14 +356,14 @@ def test_a_ruined_run_keeps_what_was_whole(tmp_path):
 
 
 def test_checkpoints_from_before_are_refused(tmp_path):
-    "Other noise was drawn then: in a sentence."
+    "What was remembered then has other names: in a sentence."
     pipe = twin("sd2")
     state = TrainingState(make_config("emoji", **SMALL), pipe)
     made = save_checkpoint(tmp_path, 1, pipe, state, {})
     saved = torch.load(made / "state.pt", weights_only=True)
-    del saved["state"]["around"]
+    saved["state"]["now"] = saved["state"].pop("rollout")
     torch.save(saved, made / "state.pt")
-    with pytest.raises(ValueError, match="an older version, which drew other noise"):
+    with pytest.raises(ValueError, match="an older version of this library"):
         load_checkpoint(made, pipe, state)
 
 

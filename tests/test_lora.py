@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/19_lora.ipynb`."""
+"""Tests of chapter `nbs/practice/23_lora.ipynb`."""
 import os
 from tempfile import TemporaryDirectory
 
@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ddpo_scratch.models.families import network_of
 from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline, pipeline_source
-from ddpo_scratch.sampling import decoding_fn
+from ddpo_scratch.trainer.config import make_config, make_prompt_fn
 from ddpo_scratch.trainer.lora import (
     LORA_FILE,
     AdapterOff,
@@ -19,9 +19,8 @@ from ddpo_scratch.trainer.lora import (
     load_lora,
     save_lora,
 )
-from ddpo_scratch.trainer.sampling import sd_sample
-from ddpo_scratch.trainer.training import TrainingState, make_config, make_prompt_fn, train
-from helpers import embedded, redness, twin
+from ddpo_scratch.trainer.trainer import TrainingState
+from helpers import embedded, redness, sample, train, twin
 
 SMALL = dict(num_epochs=2, num_samples_per_epoch=8, samples_per_prompt=1, batch_size=4,
              num_timesteps=3, timestep_fraction=1.0, min_count=8, lora_rank=4, lr=1e-2)
@@ -77,8 +76,9 @@ def test_a_saved_adapter_draws_the_same_pictures():
             load_pipeline(folder)
     plain.scheduler = ddim_scheduler(plain.scheduler.config)
     def draw(pipe):
-        return decoding_fn(sd_sample(["a fox", "an owl"], pipe, 64, 64, 1.0, 5, 1.0, "cpu",
-                                     torch.Generator().manual_seed(0))[0], pipe).astype(int)
+        g = torch.Generator().manual_seed(0)
+        policy, (latents, _) = sample(["a fox", "an owl"], pipe, 5, generators=g)
+        return policy.decode(latents[-1]).astype(int)
     assert np.array_equal(draw(pipe), draw(plain))
     assert abs(draw(pipe) - draw(embedded())).max() > 10
 
@@ -87,7 +87,7 @@ def test_the_reference_is_the_base():
     "With the adapter off the UNet is what it was; so the divergence is that from a copy."
     pipe = embedded()
     base = embedded().unet
-    history = trained_with(pipe, kl_coef=0.3)
+    history = trained_with(pipe, beta=0.3)
     assert history[0]["ref_kl"] < history[1]["ref_kl"] and history[1]["ref_kl"] > 0
     x, words = torch.randn(2, 4, 8, 8), torch.randn(2, 8, pipe.unet.config.cross_attention_dim)
     with torch.no_grad():
@@ -115,8 +115,8 @@ def test_training_goes_on_from_an_adapter(name, tmp_path):
     trained_with(pipe, **small | dict(lora_alpha=12.0, lora_targets=("to_k", "to_v")))
     save_lora(pipe, tmp_path / "first")
     begun = weights(network_of(pipe), adapter=True)
-    config = make_config("emoji", **SMALL | dict(batch_size=8), eta=0.3, img_size=32, kl_coef=0.1,
-                         precision="bf16", clip_ratio=0.1, lora_from=str(tmp_path / "first"))
+    config = make_config("emoji", **SMALL | dict(batch_size=8), eta=0.3, img_size=32, beta=0.1,
+                         mixed_precision="bf16", clip_ratio=0.1, lora_from=str(tmp_path / "first"))
     assert (config.lora_alpha, config.lora_targets) == (12.0, ("to_k", "to_v"))
     assert make_config("blog", lora_from=str(tmp_path / "first")).lr == 3e-4
     with pytest.raises(ValueError, match="lora_rank is 8, and that of the adapter in .* is 4"):
@@ -170,7 +170,7 @@ def test_checkpointing_changes_nothing():
     results = []
     for checkpointing in (False, True):
         pipe = embedded()
-        trained_with(pipe, kl_coef=0.1, precision="bf16", clip_ratio=0.5, num_epochs=1,
+        trained_with(pipe, beta=0.1, mixed_precision="bf16", clip_ratio=0.5, num_epochs=1,
                      gradient_checkpointing=checkpointing)
         results.append(weights(pipe.unet, adapter=True))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])

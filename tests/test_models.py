@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/24_models.ipynb`."""
+"""Tests of chapter `nbs/practice/22_models.ipynb`."""
 import copy
 import re
 import warnings
@@ -21,28 +21,17 @@ from torch._dynamo.utils import counters
 from torch.distributions import MultivariateNormal, Normal
 
 from ddpo_scratch.command.cli import run_training
-from ddpo_scratch.models.families import (
-    Conditioning,
-    family_of,
-    flow_tables,
-    frozen_parts,
-    network_of,
-    shift_of,
-)
+from ddpo_scratch.models.families import family_of, frozen_parts, network_of
+from ddpo_scratch.models.flow import flow_schedule, shift_of, warn_of_much_noise
 from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline
 from ddpo_scratch.rewards import JPEGCompressibility
-from ddpo_scratch.sampling import Schedule, calculate_log_probs, decoding_fn
+from ddpo_scratch.sampling import calculate_log_probs
+from ddpo_scratch.trainer.config import make_config, make_prompt_fn
+from ddpo_scratch.trainer.gradient import Objective, Samples, step_losses
 from ddpo_scratch.trainer.lora import save_lora
-from ddpo_scratch.trainer.loss import step_loss
-from ddpo_scratch.trainer.sampling import (
-    encode_prompts,
-    make_schedule,
-    policy_step,
-    sd_sample,
-)
-from ddpo_scratch.trainer.training import make_config, make_prompt_fn, train, warn_of_much_noise
+from ddpo_scratch.trainer.policy import Policy
 from ddpo_scratch.workshop.twins import TWINS, make_twin
-from helpers import ddpo_train, embedded, fake_gpu, opened, redness, run_card
+from helpers import ddpo_train, embedded, fake_gpu, opened, redness, run_card, sample, train
 
 PROMPTS = ["a fox", "a picture of an owl"]
 WITHOUT_T5 = dict(text_encoder_3=None, tokenizer_3=None)
@@ -66,24 +55,23 @@ def test_same_pictures_as_plain_diffusers(name, twins):
     ours, theirs = opened(twins[name]), plain(twins[name], name)
     if name in ("sd2", "sdxl"): theirs.scheduler = ddim_scheduler(theirs.scheduler.config)
     for guidance in {1.0, guidance_of(name)}:
-        latents, _, _ = sd_sample(PROMPTS, ours, 48, 64, guidance, 5, 1e-6, "cpu", noise(1))
+        def drawn(prompts, guidance):
+            policy, (latents, _) = sample(prompts, ours, 5, guidance, 1e-6, (48, 64), noise(1))
+            return policy.decode(latents[-1]).astype(int)
         reads = dict(max_sequence_length=256) if name == "flux-schnell" else {}  # its card says so
         expected = theirs(PROMPTS, height=48, width=64, guidance_scale=guidance, output_type="np",
                           num_inference_steps=5, generator=noise(1), **reads).images
-        pictures = decoding_fn(latents, ours).astype(int)
+        pictures = drawn(PROMPTS, guidance)
         assert abs(pictures - np.round(expected * 255)).max() <= 1
         assert pictures.shape == (2, 48, 64, 3) and pictures.std() > 10
-        def other(prompts, guidance):
-            latents, _, _ = sd_sample(prompts, ours, 48, 64, guidance, 5, 1e-6, "cpu", noise(1))
-            return decoding_fn(latents, ours).astype(int)
-        assert abs(pictures - other(["a whale", "owl"], guidance)).max() > 1
-        if guidance > 1: assert abs(pictures - other(PROMPTS, 9.0)).max() > 1
+        assert abs(pictures - drawn(["a whale", "owl"], guidance)).max() > 1
+        if guidance > 1: assert abs(pictures - drawn(PROMPTS, 9.0)).max() > 1
 
 
 def tiny_run(**changes):
     return make_config("blog", **dict(
         num_epochs=2, num_samples_per_epoch=4, batch_size=2, num_timesteps=3, img_size=32,
-        sample_batch_size=3, lr=1e-3, clip_ratio=0.1, eta=0.7, cfg=3.0, kl_coef=0.1, offload=True,
+        sample_batch_size=3, lr=1e-3, clip_ratio=0.1, eta=0.7, cfg=3.0, beta=0.1, offload=True,
     ) | changes)
 
 
@@ -119,7 +107,7 @@ def test_training_saving_and_opening_again(name, lora_rank, twins):
             pipe.save_pretrained(room)
             again = plain(room, name)
             again.scheduler = pipe.scheduler
-    def draw(pipe): return sd_sample(PROMPTS, pipe, 32, 32, 1.0, 3, 0.7, "cpu", noise())[0]
+    def draw(pipe): return sample(PROMPTS, pipe, 3, 1.0, 0.7, (32, 32), noise())[1].latents[-1]
     torch.testing.assert_close(draw(again), draw(pipe), rtol=0, atol=1e-5)
     assert (draw(untrained) - draw(pipe)).abs().max() > 1e-3
 
@@ -130,18 +118,17 @@ def test_samples_do_not_see_each_other(name, twins):
     pipe = opened(twins[name])
     prompts = [*PROMPTS, "a whale"]
     for guidance in {1.0, guidance_of(name)}:
-        words = encode_prompts(prompts, pipe, guidance, "cpu")
-        assert words.guided == (guidance > 1 and not name.startswith("flux"))
+        policy = Policy(pipe, 4, guidance, 0.7, (32, 32))
+        cond = policy.encode(prompts)
+        assert cond.guided == (guidance > 1 and not name.startswith("flux"))
         for pick in ([2], [1, 0], slice(1, 3)):
-            alone = encode_prompts(np.array(prompts)[pick].tolist(), pipe, guidance, "cpu")
-            torch.testing.assert_close(words[pick].rows, alone.rows)
-        x = torch.randn(3, *sd_sample(prompts[:1], pipe, 32, 32, 1.0, 1, 0.7, "cpu")[0].shape[1:])
-        schedule = make_schedule(pipe, 4, 0.7, 4, 4)
+            alone = policy.encode(np.array(prompts)[pick].tolist())
+            torch.testing.assert_close(cond[pick].rows, alone.rows)
+        x = torch.randn(3, *policy.latent_shape)
         with torch.no_grad():
-            mean, _ = policy_step(network_of(pipe), x, 2, words, schedule, guidance)
-            one, _ = policy_step(network_of(pipe), x[1:2], 2, words[[1]], schedule, guidance)
-            steps = torch.tensor([1, 2, 0])  # a step of its own for each
-            mixed, _ = policy_step(network_of(pipe), x, steps, words, schedule, guidance)
+            mean, _ = policy.step(x, 2, cond)
+            one, _ = policy.step(x[1:2], 2, cond[[1]])
+            mixed, _ = policy.step(x, torch.tensor([1, 2, 0]), cond)  # a step of its own for each
         torch.testing.assert_close(mean[1:2], one, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mixed[1:2], one, rtol=1e-4, atol=1e-5)
         assert (mixed - mean).abs().amax((1, 2, 3))[[0, 2]].min() > 1e-3
@@ -149,7 +136,7 @@ def test_samples_do_not_see_each_other(name, twins):
     assert {p.dtype for p in half.vae.parameters()} == {torch.float32}
     assert {p.dtype for part in (network_of(half), half.text_encoder)
             for p in part.parameters()} == {torch.bfloat16}
-    exact, rough = (sd_sample(prompts, p, 32, 32, 1.0, 3, 0.7, "cpu", noise())[0]
+    exact, rough = (sample(prompts, p, 3, 1.0, 0.7, (32, 32), noise())[1].latents[-1]
                     for p in (pipe, half))
     assert rough.dtype == torch.float32 and 0 < (exact - rough).abs().mean() < 0.1 * exact.std()
 
@@ -160,15 +147,17 @@ def test_all_stays_on_its_device(name, twins):
     pipe, guidance = opened(twins[name]), guidance_of(name)
     with fake_gpu():
         pipe.to("cuda")
-        latents, xs, log_probs = sd_sample(PROMPTS, pipe, 32, 32, guidance, 3, 0.7, "cuda")
-        assert {x.device.type for x in (latents, xs, log_probs)} == {"cuda"}
-        assert xs.shape == (4, 2, 4, 4, 4) and log_probs.shape == (3, 2)
-        assert pipe.vae.decode(latents).sample.device.type == "cuda"
-        words, schedule = (encode_prompts(PROMPTS, pipe, guidance, "cuda"),
-                           make_schedule(pipe, 3, 0.7, 4, 4, "cuda"))
-        for step in (1, torch.tensor([2, 0], device="cuda")):
-            loss = step_loss(step, xs[0], xs[1], log_probs[0], torch.empty(2, device="cuda"),
-                             1e-4, words, network_of(pipe), schedule, guidance).loss
+        policy, trajectory = sample(PROMPTS, pipe, 3, guidance, 0.7, (32, 32))
+        assert {x.device.type for x in trajectory} == {"cuda"}
+        latents, log_probs = trajectory
+        assert latents.shape == (4, 2, 4, 4, 4) and log_probs.shape == (3, 2)
+        assert pipe.vae.decode(latents[-1]).sample.device.type == "cuda"
+        samples = Samples(
+            *trajectory, torch.empty(2, device="cuda"), policy.encode(PROMPTS).to("cuda"))
+        pairs = torch.arange(2, device="cuda")
+        for steps in ([1, 1], [2, 0]):
+            steps = torch.tensor(steps, device="cuda")
+            loss = step_losses(policy, samples, steps, pairs, Objective(1e-4, 10.0)).loss
             assert loss.device.type == "cuda" and loss.requires_grad
 
 
@@ -180,7 +169,7 @@ def test_blocks_are_one_graph_each(name, lora_rank, twins):
     "Without breaks, with adapter and penalty; made in the first epoch; the same run."
     def run(**changes):
         pipe, prompts, graphs = opened(twins[name]), iter(PROMPTS * 4), []
-        config = tiny_run(lora_rank=lora_rank, cfg=guidance_of(name), max_unet_batch=8, **changes)
+        config = tiny_run(lora_rank=lora_rank, cfg=guidance_of(name), micro_batch_size=4, **changes)
         rows = train(config, pipe, lambda: next(prompts), redness,
                      on_epoch=lambda row: graphs.append(counters["stats"]["unique_graphs"]))
         return rows, graphs
@@ -199,23 +188,12 @@ def test_blocks_are_one_graph_each(name, lora_rank, twins):
 
 # The walk of a flow model: against diffusers where it has no noise, against the formula as it is
 # printed, and against the truth, where that is known.
-NO_WORDS = Conditioning({}, lambda network, x, t, rows: network(x, t), guided=False)
-
-
-class Network:
-    "Any function of (x, t) in place of a network."
-    dtype = torch.float64
-
-    def __init__(self, function):
-        self.function = function
-
-    def __call__(self, x, t):
-        return self.function(x, t)
-
-
-def flow_schedule(scheduler, steps, a, *rest):
-    timesteps, *tables = flow_tables(scheduler, steps, a, *rest)
-    return Schedule(timesteps.double(), *tables, "flow", None)
+def walking(velocity, schedule):
+    "A policy whose network, after guidance, is this function of (x, t)."
+    policy = Policy(None, len(schedule.std), 1.0, 1.0, (8, 8))
+    vars(policy).update(
+        schedule=schedule, network=None, predict=lambda x, t, cond, network: velocity(x, t))
+    return policy
 
 
 def test_without_noise_it_is_eulers_step():
@@ -226,11 +204,10 @@ def test_without_noise_it_is_eulers_step():
         ours, theirs = (FlowMatchEulerDiscreteScheduler(**settings) for _ in range(2))
         schedule = flow_schedule(ours, 4, 1e-7, *rest)
         theirs.set_timesteps(4, **dict(zip(("sigmas", "mu"), rest)))
-        assert torch.equal(theirs.timesteps.double(), schedule.timesteps)
+        assert torch.equal(theirs.timesteps, schedule.timesteps)
         for step, t in enumerate(theirs.timesteps):
             x, v = torch.randn(2, 3, 4, 2, 2, generator=noise(step), dtype=torch.float64)
-            mean, std = policy_step(
-                Network(lambda *_: v), x, step, NO_WORDS, schedule, 1.0)
+            mean, std = walking(lambda *_: v, schedule).step(x, step, None)
             expected = theirs.step(v.float(), t, x.float()).prev_sample
             torch.testing.assert_close(mean.float(), expected, rtol=1e-5, atol=1e-5)
             assert 0 < std < 1e-6
@@ -246,12 +223,12 @@ def test_the_step_is_flow_grpos():
             sigma = a * (t / (1 - (levels[1] if t == 1 else t))) ** 0.5
             dt = after - t
             expected = x + (v + sigma**2 / (2 * t) * (x + (1 - t) * v)) * dt
-            mean, std = policy_step(
-                Network(lambda *_: v), x, step, NO_WORDS, schedule, 1.0)
-            torch.testing.assert_close(mean, expected)
+            mean, std = walking(lambda *_: v, schedule).step(x, step, None)
+            torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)  # tables in float32
             assert std.item() == pytest.approx(sigma * (-dt) ** 0.5)
-            torch.testing.assert_close(calculate_log_probs(action, mean, std),
-                                       Normal(expected, sigma * (-dt) ** 0.5).log_prob(action))
+            exact = Normal(expected, sigma * (-dt) ** 0.5).log_prob(action)
+            torch.testing.assert_close(
+                calculate_log_probs(action, mean, std), exact, rtol=1e-4, atol=1e-4)
 
 
 # Two Gaussians in the plane, and the velocity that a perfect network would have learnt from them:
@@ -311,8 +288,7 @@ def test_the_walk_ends_in_the_data():
             g = noise()
             x = torch.randn(20_000, 2, 1, 1, generator=g, dtype=torch.float64)
             for step in range(steps):
-                mu, std = policy_step(
-                    Network(perfect_velocity), x, step, NO_WORDS, schedule, 1.0)
+                mu, std = walking(perfect_velocity, schedule).step(x, step, None)
                 x = mu + std * torch.randn(x.shape, generator=g, dtype=torch.float64)
             x = x.flatten(1)
             missed.append(max((x.mean(0) - mean).abs().max(),
@@ -326,7 +302,8 @@ def test_shift_grows_with_the_picture():
     for patches in (64, 256, 1024, 4096):
         assert shift_of(moving, patches) == pytest.approx(calculate_shift(patches))
     assert shift_of(FlowMatchEulerDiscreteScheduler(shift=3.0), 64) is None
-    small, large = (make_schedule(make_twin("flux-dev"), 4, 0.7, side, side) for side in (4, 64))
+    small, large = (Policy(make_twin("flux-dev"), 4, 1.0, 0.7, (side, side)).schedule
+                    for side in (32, 512))
     assert (large.noise[1:] > small.noise[1:]).all() and large.noise[0] == small.noise[0] == 1
 
 
@@ -335,16 +312,17 @@ def test_other_schedulers_of_flow_models():
     flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     for name in ("DPMSolverMultistep", "UniPCMultistep"):
         scheduler = getattr(diffusers, f"{name}Scheduler")(**flow)
-        timesteps, signal, level, *_, std = flow_tables(scheduler, 6, 0.7)
-        assert (level.diff() < 0).all() and 0.99 < level[0] <= 1 and std.max() < 1
-        torch.testing.assert_close(timesteps / 1000.0, level.float(), rtol=0, atol=2e-3)
+        schedule = flow_schedule(scheduler, 6, 0.7)
+        level = schedule.noise
+        assert (level.diff() < 0).all() and 0.99 < level[0] <= 1 and schedule.std.max() < 1
+        torch.testing.assert_close(schedule.timesteps / 1000.0, level, rtol=0, atol=2e-3)
         pipe = make_twin("flux-dev")
         pipe.scheduler = scheduler
-        torch.testing.assert_close(make_schedule(pipe, 6, 0.7, 4, 4).noise, level.float())
+        torch.testing.assert_close(Policy(pipe, 6, 1.0, 0.7, (32, 32)).schedule.noise, level)
     for bad in (FlowMatchEulerDiscreteScheduler(invert_sigmas=True),
                 diffusers.FlowMatchHeunDiscreteScheduler()):
         with pytest.raises(ValueError, match="do not fall from at most 1 to 0"):
-            flow_tables(bad, 4, 0.7)
+            flow_schedule(bad, 4, 0.7)
 
 
 def test_euler_becomes_ddim():
@@ -366,8 +344,10 @@ def test_euler_becomes_ddim():
 def test_what_xl_is_told():
     "Zeros for no prompt where the checkpoint says so; six sizes; both encoders side by side."
     pipe = make_twin("sdxl")
-    words = encode_prompts(PROMPTS, pipe, 3.0, "cpu")
-    tokens, vector = words.rows["encoder_hidden_states"], words.rows["added_cond_kwargs"]
+    def told(prompts, guidance):
+        return Policy(pipe, 1, guidance, 1.0, (48, 64)).encode(prompts).rows
+    tokens, vector = (told(PROMPTS, 3.0)[name] for name in (
+        "encoder_hidden_states", "added_cond_kwargs"))
     assert tokens.shape == (4, 32, 40) and vector["text_embeds"].shape == (4, 24)
     assert (tokens[:2] == 0).all() and (vector["text_embeds"][:2] == 0).all()
     ids = pipe.tokenizer(PROMPTS, padding="max_length", return_tensors="pt").input_ids
@@ -382,12 +362,11 @@ def test_what_xl_is_told():
         lambda module, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"]),
         with_kwargs=True)
     pipe.scheduler = ddim_scheduler(pipe.scheduler.config)
-    sd_sample(["a fox"], pipe, 48, 64, 1.0, 1, 1.0, "cpu")
+    sample(["a fox"], pipe, 1, size=(48, 64))
     assert seen[0].tolist() == [[48, 64, 0, 0, 48, 64]]
     pipe.register_to_config(force_zeros_for_empty_prompt=False)
-    empty = encode_prompts(PROMPTS, pipe, 3.0, "cpu").rows["encoder_hidden_states"][:2]
-    torch.testing.assert_close(
-        empty, encode_prompts(["", ""], pipe, 1.0, "cpu").rows["encoder_hidden_states"])
+    empty = told(PROMPTS, 3.0)["encoder_hidden_states"][:2]
+    torch.testing.assert_close(empty, told(["", ""], 1.0)["encoder_hidden_states"])
 
 
 def test_what_cannot_be():
@@ -395,7 +374,7 @@ def test_what_cannot_be():
     flux = make_twin("flux-schnell")
     def refused(pipe, error, match, size=32, guidance=1.0, a=0.7):
         with pytest.raises(error, match=match):
-            sd_sample(["a fox"], pipe, size, size, guidance, 2, a, "cpu")
+            sample(["a fox"], pipe, 2, guidance, a, (size, size))
     refused(flux, ValueError, "takes none.*set cfg to 1", guidance=3.5)
     refused(flux, ValueError, "multiple of 16", size=40)
     refused(flux, ValueError, "no policy to train", a=0)
@@ -411,7 +390,7 @@ def test_what_cannot_be():
     with pytest.raises(ValueError, match="16 channels and gives 16, where the latents have 64"):
         odd = copy.copy(flux)
         odd.vae.register_to_config(latent_channels=16)
-        sd_sample(["a fox"], odd, 32, 32, 1.0, 2, 0.7, "cpu")
+        sample(["a fox"], odd, 2, 1.0, 0.7, (32, 32))
     with pytest.raises(ValueError, match="unknown twin 'sd4'. Known: sd2, sdxl"): make_twin("sd4")
 
 
@@ -439,8 +418,8 @@ def test_parts_that_a_pipeline_needs(twins):
 def test_schnell_reads_256_tokens():
     "As its card says; dev 512."
     for name, count in (("flux-schnell", 256), ("flux-dev", 512)):
-        words = encode_prompts(PROMPTS, make_twin(name), 1.0, "cpu")
-        assert words.rows["encoder_hidden_states"].shape[:2] == (2, count)
+        cond = Policy(make_twin(name), 4, 1.0, 0.7, (32, 32)).encode(PROMPTS)
+        assert cond.rows["encoder_hidden_states"].shape[:2] == (2, count)
 
 
 @pytest.mark.slow
@@ -452,7 +431,7 @@ def test_the_command(name, twins):
                  f"--{key}={value}" for key, value in dict(
                      img_size=32, num_epochs=2, num_samples_per_epoch=4, batch_size=2, eta=0.7,
                      num_timesteps=3, num_eval_samples=3, lora_rank=2, clip_ratio=0.1, save_every=1,
-                     precision="fp16" if name == "sd3-without-t5" else "bf16", device="cpu",
+                     mixed_precision="fp16" if name == "sd3-without-t5" else "bf16", device="cpu",
                      cfg=3.0).items())]
     with TemporaryDirectory() as room:
         def command(*rest):
@@ -462,7 +441,7 @@ def test_the_command(name, twins):
         assert "  in all\n" in command(*flags, "--plan")
         printed = command(*flags, "--name", "a")
         steps = dict(sdxl="50 steps without noise, guidance 5.0").get(name, "28 steps without")
-        assert steps in printed and "fresh pictures: reward" in printed
+        assert steps in printed and "fresh images: reward" in printed
         assert "going on from" in command("--resume", "runs/a", "--num_epochs", "3")
         found = run_card(f"{room}/runs/a/lora", twins[name])
     assert found["picture"].size == (32, 32)

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/23_plan.ipynb`."""
+"""Tests of chapter `nbs/practice/28_plan.ipynb`."""
 import gc
 import subprocess
 import sys
@@ -23,11 +23,11 @@ from ddpo_scratch.command.plan import (
 from ddpo_scratch.models.families import frozen_parts, network_of, text_encoders
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.rewards import JPEGCompressibility
+from ddpo_scratch.trainer.config import make_config
 from ddpo_scratch.trainer.lora import add_lora
 from ddpo_scratch.trainer.precision import DTYPES
-from ddpo_scratch.trainer.training import make_config, train
 from ddpo_scratch.workshop.twins import TWINS
-from helpers import embedded, opened
+from helpers import embedded, opened, train
 
 
 def measured_peak(config):
@@ -51,8 +51,8 @@ def test_the_planned_memory_is_the_measured_one():
     "Within a fifth, with and without guidance, checkpointing, LoRA, a reference and bf16."
     small = dict(num_epochs=2, num_timesteps=2, num_samples_per_epoch=32)
     for changes in (dict(), dict(cfg=5.0), dict(cfg=5.0, gradient_checkpointing=True),
-                    dict(lora_rank=4), dict(kl_coef=0.1), dict(precision="bf16"),
-                    dict(kl_coef=0.1, gradient_accumulation=4)):
+                    dict(lora_rank=4), dict(beta=0.1), dict(mixed_precision="bf16"),
+                    dict(beta=0.1, micro_batch_size=8)):
         config = make_config("emoji", **small | changes)
         plan = make_plan(config)
         planned = plan.memory + plan.trajectories
@@ -92,10 +92,10 @@ def test_what_follows_from_a_setting():
         num_inner_epochs=3))
     assert more.sampling == pytest.approx(2 * 2 * 2 * plan.sampling, rel=0.01)
     assert more.training == pytest.approx(2 * 2 * 2 * 3 * plan.training, rel=0.01)
-    lora = make_plan(make_config("emoji", lora_rank=2, kl_coef=0.1))
+    lora = make_plan(make_config("emoji", lora_rank=2, beta=0.1))
     trained = embedded().unet.num_parameters()
     assert plan.trained == trained > 50 * lora.trained and not lora.resident["its reference"]
-    assert make_plan(make_config("emoji", kl_coef=0.1)).resident["its reference"] == 4 * trained
+    assert make_plan(make_config("emoji", beta=0.1)).resident["its reference"] == 4 * trained
     away, small = (make_plan(replace(few, **{name: True})) for name in ("offload", "use_8bit_adam"))
     others = plan.resident["VAE and text encoders"]
     assert not away.resident["VAE and text encoders"] and others == 4 * plan.frozen
@@ -118,7 +118,7 @@ def test_published_numbers_of_parameters():
         types = {name.split(".")[-2]: p.dtype for module in (network, *text_encoders)
                  for name, p in module.named_parameters() if "lora_" not in name}
         assert types.pop("wo", torch.float32) == torch.float32  # as transformers keeps T5's
-        assert {*types.values()} == {DTYPES[config.precision]}
+        assert {*types.values()} == {DTYPES[config.mixed_precision]}
         assert {p.dtype for p in vae.parameters()} == {torch.float32}
 
 
@@ -126,7 +126,7 @@ def test_published_numbers_of_parameters():
 @pytest.mark.parametrize("name", TWINS)
 def test_the_plan_holds_what_a_run_loads(name, precision, twins):
     "Bytes of every part, with an adapter, in 16 bits: T5's `wo` stays in float32 in fp16 alone."
-    config = make_config("emoji", pipeline=twins[name], lora_rank=2, precision=precision)
+    config = make_config("emoji", pipeline=twins[name], lora_rank=2, mixed_precision=precision)
     network, _, vae, readers = models(config, configurations(twins[name]))
     pipe = load_pipeline(twins[name], "cpu", DTYPES[precision])
     add_lora(network_of(pipe), 2)
@@ -164,8 +164,8 @@ def test_a_plan_is_the_same_whatever_was_planned_before(twins):
     "What is remembered is asked for by all that it depends on."
     some = dict(pipeline=twins["sd2"], img_size=32, cfg=1.0, gradient_checkpointing=False,
                 num_timesteps=2, num_samples_per_epoch=4)
-    for changes in (dict(), dict(img_size=64), dict(cfg=3.0), dict(precision="bf16"),
-                    dict(lora_rank=2), dict(gradient_checkpointing=True), dict(kl_coef=0.1)):
+    for changes in (dict(), dict(img_size=64), dict(cfg=3.0), dict(mixed_precision="bf16"),
+                    dict(lora_rank=2), dict(gradient_checkpointing=True), dict(beta=0.1)):
         config = make_config("blog", **some | changes)
         after_others = make_plan(config)
         with patch.dict("ddpo_scratch.command.plan.WORKS", clear=True):

@@ -1,8 +1,9 @@
-"""Tests of chapter `nbs/practice/20_precision.ipynb`."""
+"""Tests of chapter `nbs/practice/24_precision.ipynb`."""
 import io
 import math
 import warnings
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -12,28 +13,26 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ddpo_scratch.command import cli
 from ddpo_scratch.command.cli import plain_reward
 from ddpo_scratch.models.families import network_of
-from ddpo_scratch.sampling import decoding_fn
-from ddpo_scratch.trainer import training
+from ddpo_scratch.trainer import evaluation, trainer
 from ddpo_scratch.trainer.checkpoints import state_from_dict, state_to_dict
-from ddpo_scratch.trainer.loss import compute_loss
-from ddpo_scratch.trainer.precision import averages_bytes, in_precision, make_optimizer, on_the_cpu
-from ddpo_scratch.trainer.sampling import encode_prompts, sd_sample
-from ddpo_scratch.trainer.training import (
-    TrainingState,
-    evaluate,
-    make_config,
-    make_prompt_fn,
-    train,
-)
-from helpers import embedded, fake_gpu, redness, twin
+from ddpo_scratch.trainer.config import make_config, make_prompt_fn
+from ddpo_scratch.trainer.evaluation import evaluate
+from ddpo_scratch.trainer.gradient import Objective, Samples, add_gradient, step_losses
+from ddpo_scratch.trainer.policy import Policy
+from ddpo_scratch.trainer.precision import averages_bytes, make_optimizer, on_the_cpu
+from ddpo_scratch.trainer.rollout import PromptCache
+from ddpo_scratch.trainer.trainer import TrainingState
+from helpers import embedded, fake_gpu, redness, sample, train, twin
+
+PROMPTS = ["a fox", "an owl"]
 
 SMALL = dict(num_epochs=1, num_samples_per_epoch=8, samples_per_prompt=1, batch_size=4,
              num_timesteps=3, min_count=8, sample_batch_size=8, img_size=32)
 
 
-def draw(pipe):
-    return sd_sample(["a fox", "an owl"], pipe, 64, 64, 3.0, 4, 1.0, "cpu",
-                     torch.Generator().manual_seed(0))
+def draw(pipe, mixed_precision="no"):
+    return sample(PROMPTS, pipe, 4, 3.0, generators=torch.Generator().manual_seed(0),
+                  mixed_precision=mixed_precision)
 
 
 def gradient(unet):
@@ -42,53 +41,43 @@ def gradient(unet):
 
 def test_arithmetic_in_half_and_all_else_in_float32():
     "Under autocast and for models in half precision: nearly the same picture, tensors in float32."
-    exact = decoding_fn(draw(embedded())[0], embedded())
+    policy, (latents, _) = draw(embedded())
+    exact = policy.decode(latents[-1]).astype(int)
     for kind, convert in (("bf16", None), (torch.bfloat16, lambda pipe: pipe.to(torch.bfloat16)),
                           (torch.bfloat16, lambda pipe: pipe.unet.to(torch.bfloat16)),
                           (torch.float16, lambda pipe: pipe.vae.half())):
         pipe, seen = embedded(), []
         if convert: convert(pipe)
         conv = pipe.unet.conv_out.register_forward_hook(lambda m, i, out: seen.append(out.dtype))
-        with in_precision(kind if convert is None else "fp32", pipe.unet):
-            latents, xs, log_probs = draw(pipe)
+        policy, trajectory = draw(pipe, "no" if convert else kind)
         conv.remove()
-        assert {x.dtype for x in (latents, xs, log_probs)} == {torch.float32}
+        assert {x.dtype for x in trajectory} == {torch.float32}
         assert set(seen) == {torch.float32 if kind == torch.float16 else torch.bfloat16}
-        assert 0 < abs(decoding_fn(latents, pipe).astype(int) - exact).mean() < 6
-
-
-def test_the_unet_is_itself_again_afterwards():
-    "Also after an error; and fp32 changes nothing."
-    pipe = embedded()
-    before = draw(pipe)[1]
-    with pytest.raises(RuntimeError, match="in between"), in_precision("bf16", pipe.unet):
-        raise RuntimeError("in between")
-    assert torch.equal(draw(pipe)[1], before) and "forward" not in vars(pipe.unet)
-    with in_precision("fp32", pipe.unet): assert torch.equal(draw(pipe)[1], before)
+        assert 0 < abs(policy.decode(trajectory.latents[-1]) - exact).mean() < 6
 
 
 def test_the_gradient_in_bf16_points_the_right_way():
     "Float32 gradients of float32 weights, close to the exact ones; scaled and unscaled the same."
     pipe = embedded()
-    _, xs, log_probs = draw(pipe)
-    def ask(precision, scaler=None):
+    plain, trajectory = draw(pipe)
+    samples = Samples(*trajectory, torch.tensor([1.0, -1.0]), plain.encode(PROMPTS))
+    def ask(policy, backward=torch.Tensor.backward):
         pipe.unet.zero_grad()
-        with in_precision(precision, pipe.unet):
-            compute_loss(xs, log_probs, torch.tensor([1.0, -1.0]), 10.0, 1.0, ["a fox", "an owl"],
-                         pipe, 4, 3.0, 1.0, "cpu", 0.5, scaler=scaler)
+        add_gradient(policy, samples, Objective(1.0, 10.0), [0, 1], backward=backward)
         return gradient(pipe.unet)
-    exact, half = ask("fp32"), ask("bf16")
+    exact, half = ask(plain), ask(replace(plain, mixed_precision="bf16"))
     assert half.dtype == torch.float32
     assert 0.99 < torch.cosine_similarity(exact, half, dim=0) < 1
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    torch.testing.assert_close(ask("fp32", scaler) / 1024, exact, rtol=1e-4, atol=1e-6)
+    def scaled(loss): scaler.scale(loss).backward()
+    torch.testing.assert_close(ask(plain, scaled) / 1024, exact, rtol=1e-4, atol=1e-6)
 
 
 def test_training_in_half_precision():
     "bf16, fp16, an adapter over a base in bf16: that arithmetic, and float32 weights, which move."
     half, full, norms = torch.bfloat16, torch.float32, {}
     for precision, base, rank, seen in (("bf16", full, 0, half), ("fp16", full, 0, torch.float16),
-                                        ("bf16", half, 2, half), ("fp32", half, 2, half)):
+                                        ("bf16", half, 2, half), ("no", half, 2, half)):
         pipe, arithmetic, scalers = twin("sd2"), set(), []
         pipe.unet.to(base)
         pipe.unet.conv_out.register_forward_hook(lambda m, i, out: arithmetic.add(out.dtype))
@@ -96,7 +85,8 @@ def test_training_in_half_precision():
             def __init__(self, *args, **kwargs):
                 super().__init__(*args, **kwargs)
                 scalers.append(self)
-        config = make_config("emoji", **SMALL, precision=precision, lora_rank=rank, clip_ratio=0.5)
+        config = make_config(
+            "emoji", **SMALL, mixed_precision=precision, lora_rank=rank, clip_ratio=0.5)
         before = {name: p.detach().clone() for name, p in pipe.unet.named_parameters()}
         with patch("torch.amp.GradScaler", Scaler):
             row, = train(config, pipe, make_prompt_fn(config.prompts), redness)
@@ -125,18 +115,18 @@ def test_noise_above_the_clip_is_told():
 
 def test_policy_and_reference_round_alike():
     "In bf16, before the first update, the divergence from an untrained copy is exactly 0."
-    config = make_config("emoji", **SMALL | dict(batch_size=8), precision="bf16", kl_coef=1.0)
+    config = make_config("emoji", **SMALL | dict(batch_size=8), mixed_precision="bf16", beta=1.0)
     row, = train(config, twin("sd2"), make_prompt_fn(config.prompts), redness)
     assert row["ref_kl"] == 0
 
 
 def test_a_precision_that_cannot_be_had():
     "A name that is none; a device that cannot do it, said before anything is sampled."
-    with pytest.raises(ValueError, match="precision must be 'fp32'"):
-        make_config("emoji", precision="int8")
+    with pytest.raises(ValueError, match="mixed_precision must be 'no' or 'bf16'"):
+        make_config("emoji", mixed_precision="int8")
     with patch("torch.autocast", side_effect=RuntimeError("no such type here.")):
-        with pytest.raises(ValueError, match="bf16 cannot be had on cpu: no such type here. Take"):
-            train(make_config("emoji", **SMALL, precision="bf16"), embedded(),
+        with pytest.raises(ValueError, match="bf16 cannot be had on cpu: no such type here"):
+            train(make_config("emoji", **SMALL, mixed_precision="bf16"), embedded(),
                   make_prompt_fn("emoji_animal_prompts"), redness)
 
 
@@ -244,14 +234,15 @@ def test_the_loss_with_the_text_encoder_elsewhere():
     with fake_gpu():
         for module, place in ((fake.unet, "cuda"), (fake.text_encoder, "cpu")):
             module.to(place)
-        xs, log_probs = torch.zeros(5, 2, 4, 8, 8).cuda(), torch.zeros(4, 2).cuda()
-        with patch("torch.Tensor.backward"), patch("ddpo_scratch.trainer.loss.sum_up") as watched:
-            watched.return_value = 0.0, {}
-            compute_loss(xs, log_probs, torch.ones(2).cuda(), 10.0, 1e-4, ["a fox", "an owl"],
-                         fake, 4, 3.0, 1.0, "cuda")
-        parts, _ = watched.call_args.args
-        assert {x.device.type for part in parts for x in part} == {"cuda"} and len(parts) == 4
-        words = encode_prompts(["a fox"], fake, 3.0, "cpu").rows
+        policy = Policy(fake, 4, 3.0, 1.0, (64, 64))
+        cache = PromptCache(policy)
+        cache.read(PROMPTS)
+        latents = torch.zeros(5, 2, *policy.latent_shape, device="cuda")
+        samples = Samples(latents, torch.zeros(4, 2).cuda(), torch.ones(2).cuda(), cache(PROMPTS))
+        steps = torch.tensor([3, 0], device="cuda")
+        parts = step_losses(policy, samples, steps, torch.arange(2).cuda(), Objective(1e-4, 10.0))
+        assert {x.device.type for x in parts} == {"cuda"}
+        words = policy.encode(["a fox"]).rows
         assert words["encoder_hidden_states"].device.type == "cpu"
 
 
@@ -300,8 +291,9 @@ def test_text_encoders_leave_when_they_have_read(name):
     pipe.vae.decoder.register_forward_pre_hook(called("decoding"))
     config = make_config("emoji", **SMALL | dict(num_eval_samples=2), offload=True,
                          cfg=1.0 if name == "flux-dev" else 3.0)
-    with patch.object(training, "on_the_cpu", on_the_cpu), patch.object(
-            cli, "on_the_cpu", on_the_cpu):
+    with ExitStack() as stack:
+        for module in (trainer, evaluation, cli):
+            stack.enter_context(patch.object(module, "on_the_cpu", on_the_cpu))
         evaluate(config, pipe, ["a fox", "an owl"], redness)
         plain_reward(config, pipe, ["a fox", "an owl"], redness)
         train(config, pipe, lambda: "a fox", redness)

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/22_processes.ipynb`."""
+"""Tests of chapter `nbs/practice/26_processes.ipynb`."""
 import os
 import random
 import socket
@@ -10,6 +10,8 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
+from ddpo_scratch.trainer.config import make_config
+from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts
 from ddpo_scratch.trainer.processes import (
     from_the_first,
     gathered,
@@ -17,8 +19,8 @@ from ddpo_scratch.trainer.processes import (
     processes,
     sum_gradients,
 )
-from ddpo_scratch.trainer.training import TrainingState, evaluate, fresh_prompts, make_config, train
-from helpers import Started, as_flags, flat, forks, opened
+from ddpo_scratch.trainer.trainer import TrainingState
+from helpers import Started, as_flags, flat, forks, opened, train
 
 
 def ranks(count):
@@ -59,13 +61,13 @@ def brightness(images, prompts):
 def run(source, lora_rank):
     config = make_config(
         "emoji", num_epochs=3, num_samples_per_epoch=11, samples_per_prompt=1, batch_size=5,
-        sample_batch_size=4, num_timesteps=4, lr=1e-3, kl_coef=0.01, gradient_accumulation=2,
-        img_size=32, lora_rank=lora_rank,
-        which_steps="random" if lora_rank else "first")
+        sample_batch_size=4, num_timesteps=4, lr=1e-3, beta=0.01, micro_batch_size=5,
+        img_size=32, lora_rank=lora_rank, timestep_fraction=1.0 if lora_rank else 0.75,
+        which_steps="3,0" if lora_rank else None)
     pipe, names, seen = opened(source).to(torch.float64), iter(range(1000)), []
     state = TrainingState(config, pipe)
     def on_batch():
-        if state.now.advantages is not None: seen.append(state.now.advantages.clone())
+        if state.rollout.advantages is not None: seen.append(state.rollout.advantages.clone())
     history = train(config, pipe, lambda: f"animal {next(names) % 5}", brightness,
                     on_batch=on_batch, state=state)
     images, rewards = evaluate(config, pipe, [f"animal {i}" for i in range(7)], brightness)
@@ -143,7 +145,7 @@ def test_one_command_leaves_one_folder(twins, tmp_path):
     started = [Started(tmp_path, *flags, **environment) for environment in ranks(2)]
     first, second = [process.end() for process in started]
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-    assert first.stdout.count("epoch   2") == 1 and first.stdout.count("fresh pictures") == 1
+    assert first.stdout.count("epoch   2") == 1 and first.stdout.count("fresh images") == 1
     assert "epoch" not in second.stdout and "fresh" not in second.stdout
     folder, = (tmp_path / "runs").iterdir()
     assert folder.name == "sd2-animal-1" and not (folder / "UNFINISHED.txt").exists()
@@ -182,7 +184,7 @@ def test_pytorchs_own_launcher(twins, tmp_path):
     assert done.returncode != 0 and "RuntimeError: the ink has run out" in done.stderr
     done = launched(2, "-m", "ddpo_scratch", *as_flags(FEW | dict(pipeline=twins["sd2"])))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch   2") == 1 and done.stdout.count("fresh pictures") == 1
+    assert done.stdout.count("epoch   2") == 1 and done.stdout.count("fresh images") == 1
     folder, = (tmp_path / "runs").iterdir()
     assert folder.name == "sd2-animal-1" and not (folder / "UNFINISHED.txt").exists()
     grown = launched(1, "-m", "ddpo_scratch", "--resume", str(folder), "--num_epochs", "3")

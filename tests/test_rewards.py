@@ -1,4 +1,4 @@
-"""Tests of chapters `nbs/tutorial/04_rewards.ipynb` and `nbs/practice/17_sums.ipynb`."""
+"""Tests of chapters `nbs/tutorial/04_rewards.ipynb` and `nbs/practice/20_sums.ipynb`."""
 import os
 import statistics
 from functools import partial
@@ -12,9 +12,7 @@ import torch
 from matplotlib.cbook import get_sample_data
 from PIL import Image
 
-from ddpo_scratch.animals import (
-    AnimalReward,
-)
+from ddpo_scratch.animals import AnimalReward
 from ddpo_scratch.checks import check_reward_fn, check_rewards
 from ddpo_scratch.rewards import (
     AESTHETIC_CLIP,

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/practice/18_scorers.ipynb`."""
+"""Tests of chapter `nbs/practice/21_scorers.ipynb`."""
 # The large weights cannot be had here. The same classes are built small, saved, and loaded from
 # files in the way in which the large ones would be.
 import base64

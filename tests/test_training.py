@@ -7,8 +7,8 @@ import torch
 from diffusers import PNDMScheduler
 
 from ddpo_scratch.rewards import JPEGCompressibility
-from ddpo_scratch.trainer.training import make_config
-from ddpo_scratch.trainer.training import train as train_with_everything
+from ddpo_scratch.trainer.config import make_config
+from ddpo_scratch.trainer.trainer import DDPOTrainer
 from ddpo_scratch.training import (
     EVALUATION,
     TRAINING,
@@ -52,9 +52,9 @@ def test_the_trainer_leaves_the_same_weights(changes):
         for part in (pipe.unet, pipe.vae, pipe.text_encoder): part.double()
     start, settings = flat(tutorial).clone(), TINY | changes
     rows = train(DDPOConfig(**settings, min_count=2), tutorial, draw, redness, quiet)
-    theirs = train_with_everything(
-        make_config("blog", **settings, min_count=2, buffer_size=32, max_unet_batch=5,
-                    gradient_checkpointing=False), trainer, draw, redness)
+    config = make_config("blog", **settings, min_count=2, buffer_size=32, micro_batch_size=5,
+                         gradient_checkpointing=False)
+    theirs = DDPOTrainer(config, trainer, draw, redness).train()
     for ours, other in zip(rows, theirs):
         for name in ("reward_mean", "reward_std", "loss", "grad_norm"):
             assert ours[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6)

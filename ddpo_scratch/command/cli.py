@@ -45,12 +45,7 @@ from safetensors import SafetensorError
 from ..animals import animal_in
 from ..checks import check_reward_fn
 from .plan import all_rewards, configurations, make_plan, plan_text
-from ddpo_scratch.models.families import (
-    family_of,
-    latents_shape,
-    network_of,
-    text_encoders,
-)
+from ..models.families import family_of, network_of, text_encoders
 from ..pipelines import EMBEDDED, is_flow, load_pipeline, pipeline_source
 from ..rewards import Scorer
 from ..sampling import decoding_fn
@@ -78,34 +73,33 @@ from ddpo_scratch.trainer.checkpoints import (
     stop_after_a_batch,
     write_file,
 )
-from ..trainer.checks import HUB_NAME, Ruined, check_field
-from ..trainer.lora import adapters_of
-from ddpo_scratch.trainer.precision import (
-    DTYPES,
-    frozen_type,
-    in_its_own_type,
-    in_precision,
-    on_the_cpu,
-)
-from ..trainer.processes import from_the_first, gathered, processes, say
-from ddpo_scratch.trainer.training import (
+from ddpo_scratch.trainer.config import (
+    GROUPS,
+    HUB_NAME,
     PRESETS,
     PROMPTS,
     PromptFile,
     TrainerConfig,
-    TrainingState,
-    all_scores,
-    check_run,
-    evaluate,
-    fresh_prompts,
+    check_setting,
+    group_of,
+    help_of,
     make_config,
     make_prompt_fn,
-    no_reward,
     plain_value,
-    sampling_batches,
-    train,
-    verdict,
 )
+from ..trainer.evaluation import all_scores, evaluate, fresh_prompts, no_reward, verdict
+from ..trainer.lora import adapters_of
+from ..trainer.policy import Ruined
+from ddpo_scratch.trainer.precision import (
+    DTYPES,
+    arithmetic,
+    frozen_type,
+    in_its_own_type,
+    on_the_cpu,
+)
+from ..trainer.processes import from_the_first, gathered, print_once, processes
+from ..trainer.rollout import sampling_batches
+from ..trainer.trainer import DDPOTrainer, TrainingState, check_run, policy_of
 from ..training import EVALUATION, noise_sources
 
 # %% ../../nbs/practice/13_command.ipynb 5
@@ -314,7 +308,7 @@ def read_config(
             with suppress(ValueError): values[name] = float(value)
         values[name] = plain_value(name, values[name])
         try:
-            check_field(name, values[name])
+            check_setting(name, values[name])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{str(path)!r}: {error}") from error
     return values
@@ -531,12 +525,12 @@ def plain_reward(
     with on_the_cpu(config.offload, *text_encoders(pipe)):
         for batch, given in zip(batches, words):
             noise = noise_sources(config.seed, EVALUATION, batch.tolist())
-            with in_precision(config.precision, network), in_its_own_type(network):
+            with arithmetic(config.mixed_precision, network.device), in_its_own_type(network):
                 drawn = pipe(
                     **{name: x.to(network.device) for name, x in given.items()}, height=height,
                     width=width, generator=noise, output_type="latent", **family.calling(pipe)
                 ).images
-            drawn = family.unpacked(drawn, *latents_shape(pipe, 1, height, width)[2:])
+            drawn = family.unpacked(drawn, *policy_of(config, pipe).latent_shape[1:])
             images = decoding_fn(drawn, pipe)
             rewards.append(ask(reward_fn, images, [prompts[i] for i in batch]))
     pipe.set_progress_bar_config(**bar)
@@ -583,7 +577,7 @@ def last_look(
     lines.append(f"the first {len(prompts[:64])} drawn by pipe(prompt) alone, {steps} steps "
                  f"without noise{guidance}: reward {run['plain']:.4f} before, "
                  f"{plain:.4f} after")
-    for line in lines: say(line)
+    for line in lines: print_once(line)
     save_pictures(folder / "after.png", prompts, images, after["reward"])
     columns = {f"{name}_{when}".removeprefix("reward_"): scores[name].tolist() for name in before
                for when, scores in (("before", before), ("after", after))}
@@ -607,7 +601,7 @@ Trained with DDPO (Black et al. 2023, arXiv:2305.13301) by `ddpo_scratch`, on pr
 ![mean reward over the epochs](reward_curve.png)
 
 It was trained to draw in {num_timesteps} steps with noise ({walk}), guidance {cfg:g},
-{height} × {width} pixels, in {precision}.
+{height} × {width} pixels, in {arithmetic}.
 Unless another sampler is named, the numbers above are of {this}:
 
 ```python
@@ -647,8 +641,8 @@ def model_card(
         "pipeline", "prompts", "reward", "eval_rewards", "lora_from")})
     parts = "".join(f", {part}=None" for part in ("text_encoder_3", "tokenizer_3")
                     if getattr(pipe, part, "") is None)  # of which diffusers wants to be told
-    in_16_bits = lora and config.precision != "fp32"
-    if in_16_bits: parts += f", dtype={DTYPES[config.precision]}"
+    in_16_bits = lora and config.mixed_precision != "no"
+    if in_16_bits: parts += f", dtype={DTYPES[config.mixed_precision]}"
     load = f'{name}.from_pretrained(\n    "{base if lora else here}"{parts})'
     imports = [name] if flow else ["DDIMScheduler", name]
     lines = [f"from diffusers import {', '.join(imports)}", "", f"pipe = {load}"]
@@ -665,6 +659,7 @@ def model_card(
                      f"{says})")
     return CARD.format(
         **asdict(config), **dict(zip(("height", "width"), config.sides)),
+        arithmetic="fp32" if config.mixed_precision == "no" else config.mixed_precision,
         base=f"base_model: {config.pipeline}\n" if is_hub else "",
         lora=", lora" if lora else "", opening="\n".join(lines), example=run["prompts"][0],
         kind="stable-diffusion" if name.startswith("Stable") else "flux",
@@ -713,11 +708,12 @@ def save_what_is_done(
     save: Callable[[], Path],
 ) -> None:
     "A checkpoint, if a batch is done. The error under way is worth more than one in saving."
-    if not (state.is_whole and (state.history or state.now.samples or state.now.watched)): return
+    begun = state.history or state.rollout.samples or state.rollout.updates
+    if not (state.is_whole and begun): return
     try:
         save()
     except Exception as error:
-        say(f"no checkpoint could be written: {type(error).__name__}: {error}")
+        print_once(f"no checkpoint could be written: {type(error).__name__}: {error}")
 
 # %% ../../nbs/practice/13_command.ipynb 22
 def run_training(
@@ -753,8 +749,9 @@ def run_training(
             run = load_checkpoint(checkpoint, pipe, state)
             check_unchanged(config, TrainerConfig(**run["config"]), folder)
             changed = {name for name, *_ in differences(TrainerConfig(**run["config"]), config)}
-            if changed & {*MAY_CHANGE}: state.unet_batch = config.max_unet_batch  # measured anew
-            say(f"going on from {checkpoint}")
+            if changed & {*MAY_CHANGE}:  # it is measured anew
+                state.micro_batch_size = config.micro_batch_size
+            print_once(f"going on from {checkpoint}")
         if resume:
             begun = TrainerConfig(**read_config(folder / "config.yaml"))
             text = with_notes(config, begun, folder, len(state.history) + 1)
@@ -765,7 +762,8 @@ def run_training(
         progress = Progress(config, pipe, run["prompts"], folder, run["looks"])
         if not run["looks"]: progress.look("before")
 
-        save = partial(save_checkpoint, folder / "checkpoints", config.keep, pipe, state, run)
+        keep = config.checkpoints_total_limit
+        save = partial(save_checkpoint, folder / "checkpoints", keep, pipe, state, run)
         def on_epoch(row):
             write_file(folder / "metrics.csv", csv_text(state.history))
             curve = reward_curve(state.history, without_folders(config.reward))
@@ -776,7 +774,8 @@ def run_training(
         log = Log(config, folder, run["id"], len(state.history))
         with closing(log), stop_after_a_batch() as on_batch:
             try:
-                train(config, pipe, prompt_fn, reward_fn, on_epoch, on_batch, state, eval_rewards)
+                trainer = DDPOTrainer(config, pipe, prompt_fn, reward_fn, eval_rewards, state)
+                trainer.train(on_epoch, on_batch)
                 on_batch()
             except Stopped:
                 save()
@@ -785,7 +784,7 @@ def run_training(
                 raise
             except Exception:  # a reward's server that is gone, a GPU that is full
                 save_what_is_done(state, partial(
-                    save_checkpoint, folder / "checkpoints", config.keep + 1, pipe, state, run))
+                    save_checkpoint, folder / "checkpoints", keep + 1, pipe, state, run))
                 raise
         line = last_look(config, pipe, reward_fn, eval_rewards, folder, run)
         has_adapter = bool(adapters_of(network_of(pipe)))
@@ -795,29 +794,13 @@ def run_training(
         remove_old(folder / "checkpoints", 1)
     if not has_adapter:
         pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # what it is now
-    say(f"curve, pictures and what was trained are in {folder}")
+    print_once(f"curve, pictures and what was trained are in {folder}")
     if config.push_to_hub:
-        say(f"uploaded: {from_the_first(lambda: upload(folder, config.push_to_hub))}")
+        print_once(f"uploaded: {from_the_first(lambda: upload(folder, config.push_to_hub))}")
 
 # %% ../../nbs/practice/13_command.ipynb 24
-GROUPS = {
-    "what": ("what to train on", (
-        "pipeline", "prompts", "reward", "scale_rewards", "eval_rewards", "img_size", "seed")),
-    "how_much": ("how much work it is", (
-        "num_epochs", "num_samples_per_epoch", "samples_per_prompt", "num_inner_epochs",
-        "num_timesteps", "timestep_fraction", "which_steps", "num_eval_samples")),
-    "how_fast": ("what is learnt, and how fast", (
-        "lora_rank", "lora_from", "lora_alpha", "lora_targets", "lr", "anneal_lr", "batch_size",
-        "weight_decay", "max_grad_norm")),
-    "how_far": ("how far it may go, and what counts as better than usual", (
-        "cfg", "eta", "clip_ratio", "clip_advantages", "kl_coef", "buffer_size", "min_count")),
-    "machine": ("speed and memory; what is learnt changes by rounding only", (
-        "sample_batch_size", "max_unet_batch", "skip_clipped", "compile", "gradient_accumulation",
-        "precision", "gradient_checkpointing", "use_8bit_adam", "offload", "device", "save_every",
-        "keep", "log_with", "push_to_hub")),
-}
-MAY_CHANGE = [  # in a run that goes on: the machine's, but for two that its weights depend on
-    name for name in GROUPS["machine"][1] if name not in ("precision", "use_8bit_adam")]
+MAY_CHANGE = [one.name for one in fields(TrainerConfig) if one.name == "sample_batch_size"
+              or one.metadata.get("may_change")]  # in a run that goes on
 
 DESCRIPTION = """Train a text-to-image model on a reward with DDPO.
 
@@ -831,15 +814,16 @@ fast (a third of it if the reward jumps up and down, three times as much if it d
 def flags_type(
     defaults: SimpleNamespace,  # the fields of `TrainerConfig`
 ) -> type:  # a dataclass for tyro: preset, name, and a dataclass for each of `GROUPS`
-    "The fields of `TrainerConfig` in groups; the comment beside each is its help."
-    meanings = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(TrainerConfig), re.M))
+    "The fields of `TrainerConfig` in its groups, each with its help."
     types = {field.name: field.type for field in fields(TrainerConfig)}
+    meanings = {name: help_of(name) for name in types}
     def flag(name, kind, meaning, default):
         return name, Annotated[kind, tyro.conf.arg(help=meaning)], field(default=default)
     for name, known in (("prompts", PROMPTS), ("reward", REWARDS)):
         meanings[name] += f". Known: {', '.join(sorted(known))}"
     groups = []
-    for group, (meaning, names) in GROUPS.items():
+    for group, meaning in GROUPS.items():
+        names = [name for name in types if group_of(name) == group]
         part = make_dataclass(group, [
             flag(name, types[name], meanings[name], getattr(defaults, name)) for name in names],
             frozen=True)
@@ -974,7 +958,7 @@ def prepare(
 ) -> tuple:           # the arguments of `run_training`
     "Everything that can be refused, cheap things first; the folder is made last."
     config, preset, name, resume, only_plan = parse(argv)
-    if preset: say(f"preset {preset}, for this model (--preset names another)")
+    if preset: print_once(f"preset {preset}, for this model (--preset names another)")
     if processes().num_processes > 1 and ":" in (config.device or ""):
         raise ValueError(f"device {config.device!r} is one, and each of the "
                          f"{processes().num_processes} processes has its own: give 'cuda' or none.")
@@ -982,10 +966,10 @@ def prepare(
     check_prompts(config, prompt_fn)
     from_the_first(lambda: check_run_name(name, runs))
     if only_plan:  # and nobody's code is run
-        say(plan_text(config, make_plan(config)))
+        print_once(plan_text(config, make_plan(config)))
         sys.exit()
     for reward in all_rewards(config):
-        if ".py:" in reward: say(f"running the code in {absolute_name(reward)}")
+        if ".py:" in reward: print_once(f"running the code in {absolute_name(reward)}")
         find_reward(reward)
     pipe = load_pipeline(config.pipeline, config.device, frozen_type(config))
     check_run(config, pipe)
@@ -1010,9 +994,9 @@ def main() -> None:
         what = prepare(sys.argv[1:], Path("runs"))
         config, pipe, _, _, folder, *_ = what
         several = processes().num_processes
-        say(f"{config.pipeline} on {f'{several} times ' if several > 1 else ''}{pipe.device.type}, "
-            f"reward {config.reward}, {config.num_epochs} epochs of "
-            f"{config.num_samples_per_epoch} pictures")
+        times = f"{several} times " if several > 1 else ""
+        print_once(f"{config.pipeline} on {times}{pipe.device.type}, reward {config.reward}, "
+                   f"{config.num_epochs} epochs of {config.num_samples_per_epoch} images")
         run_training(*what)
     except KeyboardInterrupt as error:
         stop = error if isinstance(error, Stopped) else Stopped("SIGINT")

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..animals import new_classifier, new_judge, share_right
@@ -33,7 +34,6 @@ from ..pipelines import load_pipeline
 from ..prompts import captioned, emoji_animals
 from ..sampling import decoding_fn
 from ..trainer.checkpoints import at_one_stroke
-from ..trainer.training import progress_bars
 
 # %% ../../nbs/appendix/30_emoji_model.ipynb 7
 def load_pictures(
@@ -120,8 +120,7 @@ def fit(
         saved = torch.load(checkpoint, weights_only=True)
         losses = saved.pop("losses")
         for name, value in saved.items(): state[name].load_state_dict(value)
-    _, progress_bar = progress_bars()
-    bar = progress_bar(range(len(losses), steps))
+    bar = trange(len(losses), steps, desc=checkpoint.stem, disable=None)
     for step in bar:
         loss = loss_fn(torch.Generator().manual_seed(seed * 10_000_000 + step))
         optimizer.zero_grad()
@@ -131,7 +130,7 @@ def fit(
         schedule.step()
         average.update_parameters(model)
         losses.append(loss.item())
-        bar.comment = f"{checkpoint.stem} {np.mean(losses[-50:]):.4f}"
+        bar.set_postfix(loss=f"{np.mean(losses[-50:]):.4f}", refresh=False)
         if (step + 1) % save_every == 0 or step + 1 == steps:
             with at_one_stroke(checkpoint) as part:
                 torch.save({"losses": losses}
@@ -301,8 +300,7 @@ def encode_pictures(
 ) -> torch.Tensor:           # latents, [A, N, 4, 16, 16], not scaled yet
     "Latents of A augmentations of every picture."
     latents = []
-    _, progress_bar = progress_bars()
-    for copy in progress_bar(range(copies)):
+    for copy in trange(copies, desc="encoding", disable=None):
         generator = torch.Generator().manual_seed(seed * 10_000_000 + 5_000_000 + copy)
         images = augment(pictures, generator)
         latents.append(torch.cat([vae.encode(batch).latent_dist.sample(generator)

@@ -15,11 +15,11 @@ from ddpo_scratch.command.cli import csv_text, write_file
 from ddpo_scratch.command.plan import full_size
 from ddpo_scratch.prompts import imagenet_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
-from ddpo_scratch.trainer.loss import step_loss
-from ddpo_scratch.trainer.precision import in_precision
-from ddpo_scratch.trainer.sampling import encode_prompts, make_schedule, policy_step
-from ddpo_scratch.trainer.speed import Compiled, off, onto
-from ddpo_scratch.trainer.training import make_config, train
+from ddpo_scratch.trainer.config import make_config
+from ddpo_scratch.trainer.gradient import Objective, Samples, step_losses
+from ddpo_scratch.trainer.policy import Policy
+from ddpo_scratch.trainer.speed import Compiled, to_device, to_host
+from ddpo_scratch.trainer.trainer import DDPOTrainer
 
 DEVICE, FILE, rows = torch.device("cuda"), Path(__file__).with_name("gpu.csv"), []
 
@@ -47,37 +47,35 @@ def clock(what, variant, call, unet_rows=""):
     note(what, variant, 1000 * statistics.median(took[2:]), unet_rows, round(took[0], 1))
 
 
-def calls(variant, pipe, sampled, trained, precision="bf16"):
+def calls(variant, pipe, sampled, trained, mixed_precision="bf16"):
     "One step of some samples, sampled, and trained."
-    schedule = make_schedule(pipe, 50, 1.0, 64, 64, DEVICE)
-    words = encode_prompts(["a fox"], pipe, 5.0, DEVICE)
+    policy = Policy(pipe, 50, 5.0, 1.0, (512, 512), mixed_precision)
+    cond, objective = policy.encode(["a fox"]).to(DEVICE), Objective(1e-4, 10.0)
 
     def sample():
-        with torch.no_grad():
-            policy_step(pipe.unet, x[0], 3, several, schedule, 5.0)
+        with torch.no_grad(): policy.step(samples.latents[0], 3, samples.cond)
 
     def learn():
-        step_loss(zeros.long(), *x, zeros, zeros + 1, 1e-4, several, pipe.unet, schedule,
-                  5.0).loss.sum().backward()
+        step_losses(policy, samples, 0 * pairs, pairs, objective).loss.sum().backward()
 
     for what, call, sizes in (("sample", sample, sampled), ("train", learn, trained)):
         for count in sizes:
-            x, zeros = torch.randn(2, count, 4, 64, 64, device=DEVICE), torch.zeros(
-                count, device=DEVICE)
-            several = words[[0] * count]
-            with in_precision(precision, pipe.unet): clock(what, variant, call, 2 * count)
+            zeros, pairs = torch.zeros(count, device=DEVICE), torch.arange(count, device=DEVICE)
+            samples = Samples(torch.randn(2, count, 4, 64, 64, device=DEVICE), zeros[None],
+                              zeros + 1, cond[[0] * count])
+            clock(what, variant, call, 2 * count)
 
 
 def epochs(variant, **changes):
     "Sixteen pictures in twenty steps, from the second epoch of three."
     config = make_config("blog", **dict(
-        device="cuda", precision="bf16", reward="jpeg_compressibility", num_samples_per_epoch=16,
-        sample_batch_size=16, num_timesteps=20, num_epochs=3, max_unet_batch=8,
-        skip_clipped=False) | changes)
+        device="cuda", mixed_precision="bf16", reward="jpeg_compressibility",
+        num_samples_per_epoch=16, sample_batch_size=16, num_timesteps=20, num_epochs=3,
+        micro_batch_size=4) | changes)
     torch.manual_seed(0)
     pipe = full_size(config)
     torch.cuda.reset_peak_memory_stats()
-    history = train(config, pipe, imagenet_animal_prompts, JPEGCompressibility())
+    history = DDPOTrainer(config, pipe, imagenet_animal_prompts, JPEGCompressibility()).train()
     print(*history, sep="\n", flush=True)
     note("epoch", variant, 1000 * history[1]["seconds"], "", round(history[0]["seconds"], 1),
          f"{history[0]['max_log_ratio']:.4f}")
@@ -88,20 +86,20 @@ def copies():
     walk, part = torch.randn(51, 128, 4, 64, 64), torch.randperm(128)[:4]
     drawn = torch.randn(51, 32, 4, 64, 64, device=DEVICE)
     clock("to the GPU", "plain", lambda: walk[:, part].to(DEVICE))
-    clock("to the GPU", "pinned", lambda: onto(DEVICE, walk[:, part]))
+    clock("to the GPU", "pinned", lambda: to_device(DEVICE, walk[:, part]))
     clock("from the GPU", "plain", lambda: drawn.cpu())
-    clock("from the GPU", "pinned", lambda: off(drawn))
+    clock("from the GPU", "pinned", lambda: to_host(drawn))
 
 
 def main():
     torch.set_float32_matmul_precision("high")
     copies()
     epochs("a step of a batch at a time")
-    epochs("32 rows at a time", max_unet_batch=32)
+    epochs("32 rows at a time", micro_batch_size=16)
     pipe = full_size(make_config("blog", device="cuda"))
     pipe.unet.eval()
     calls("plain", pipe, (4, 16, 32), (4, 8, 16))
-    calls("fp32, as TF32", pipe, (16,), (8,), "fp32")
+    calls("fp32, as TF32", pipe, (16,), (8,), "no")
     for variant, fused in (("plain", None), ("fused", True)):
         optimizer = torch.optim.AdamW(pipe.unet.parameters(), lr=1e-9, fused=fused)
         clock("AdamW", variant, optimizer.step)
@@ -110,7 +108,7 @@ def main():
     calls("channels last", pipe, (16,), (16,))
     pipe.unet.to(memory_format=torch.contiguous_format)
     with Compiled(pipe.unet): calls("compiled", pipe, (16,), (16,))
-    epochs("32 rows, compiled", max_unet_batch=32, compile=True)
+    epochs("32 rows, compiled", micro_batch_size=16, compile=True)
 
 
 if __name__ == "__main__":

@@ -42,17 +42,11 @@ from ddpo_scratch.command.plan import make_plan
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.prompts import PromptDataset, emoji_common_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
-from ddpo_scratch.sampling import decoding_fn
+from ddpo_scratch.sampling import decoding_fn, sd_sample
 from ddpo_scratch.scorers.names import WeightedSum, make_reward
-from ddpo_scratch.trainer.sampling import sd_sample
-from ddpo_scratch.trainer.training import (
-    evaluate,
-    fresh_prompts,
-    make_config,
-    make_prompt_fn,
-    no_reward,
-    train,
-)
+from ddpo_scratch.trainer.config import make_config, make_prompt_fn
+from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts, no_reward
+from ddpo_scratch.trainer.trainer import DDPOTrainer
 from ddpo_scratch.training import EVALUATION, noise_sources
 from ddpo_scratch.workshop.emoji_model import BACKGROUNDS, named_right
 
@@ -82,16 +76,15 @@ CURES = {
     "in haste": GAMED | dict(num_epochs=10, lr=3e-4, clip_ratio=1e-2, min_count=256),
     "compressibility alone": SMALL_STEPS,
     "with the animal reward": SMALL_STEPS | dict(reward="jpeg_compressibility:1,animal:2"),
-    "with a KL penalty": SMALL_STEPS | dict(kl_coef=1.0),
-    "with a weaker KL penalty": SMALL_STEPS | dict(kl_coef=0.1),
+    "with a KL penalty": SMALL_STEPS | dict(beta=1.0),
+    "with a weaker KL penalty": SMALL_STEPS | dict(beta=0.1),
 }
 
 
-# Chapter 25. The preset with all of its eight steps, the first four, or four that are drawn.
+# Chapter 27. The preset with all of its eight steps, or the first four.
 STEPS = {
     "all eight": dict(timestep_fraction=1.0),
     "the first four": dict(timestep_fraction=0.5),
-    "four at random": dict(timestep_fraction=0.5, which_steps="random"),
 }
 
 
@@ -133,7 +126,7 @@ def watched(
     seconds = 0.0
     look(0, seconds)
     try:
-        train(config, pipe, prompt_fn, reward_fn, on_epoch)
+        DDPOTrainer(config, pipe, prompt_fn, reward_fn).train(on_epoch)
     except TimeIsUp: pass
     if strip:
         first = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:6]
@@ -162,7 +155,7 @@ def reinforce():
 
 
 def steps():
-    "Chapter 25. Four minutes of training each, looks not counted, on a machine with nothing else."
+    "Chapter 27. Four minutes of training each, on a machine with nothing else."
     return [row for seed in (0, 1) for name, changes in STEPS.items()
             for row in watched(name, make_config(
                 "emoji", seed=seed, num_epochs=1000, **changes), 512, 8, limit=240)]
@@ -234,7 +227,7 @@ def samplers():
 
 
 def flow():
-    "The flow model, before and after training, as it was trained and by pipe(prompt); chapter 24."
+    "The flow model, before and after training, as it was trained and by pipe(prompt); chapter 22."
     rows = []
     for seed in (0, 1):
         config = make_config("emoji", pipeline="emoji_flow", eta=0.7, seed=seed)
@@ -354,7 +347,7 @@ def processes():
 
 
 def plans():
-    "What the presets for large models take, as they are and without offload; chapter 24."
+    "What the presets for large models take, as they are and without offload; chapter 22."
     rows = []
     for preset in ("sdxl", "sd35", "flux"):
         config = make_config(preset)
@@ -363,7 +356,7 @@ def plans():
             "preset": preset, "pixels": config.img_size, "gb": round(plan.memory / 1e9, 1),
             "vae_and_text_encoders_gb": round(kept.resident["VAE and text encoders"] / 1e9, 1),
             "without_offload_gb": round(kept.memory / 1e9, 1),
-            "minutes_on_an_a100": round(plan.seconds("A100, 80 GB", config.precision) / 60)})
+            "minutes_on_an_a100": round(plan.seconds("A100, 80 GB", config.mixed_precision) / 60)})
     return rows
 
 
