@@ -6,15 +6,17 @@ from .rewards import *
 from .animals import *
 from .stat_tracker import *
 from .loss import *
+from .config import DDPOConfig
 from .training import *
 from .models.families import *
 from .scorers.names import *
 from .scorers.scorers import *
 from .trainer.config import *
+from .trainer.presets import PRESETS, PROMPTS, PromptFile, make_config, make_prompt_fn
 from .trainer.policy import *
 from .trainer.gradient import *
 from .trainer.lora import *
 from .trainer.trainer import *
 from .trainer.evaluation import *
-from .command.cli import *
+from .command.run import run_training
 from .workshop.emoji_model import *

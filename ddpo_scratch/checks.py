@@ -5,7 +5,7 @@
 # %% auto 0
 __all__ = []
 
-# %% ../nbs/appendix/90_checks.ipynb 3
+# %% ../nbs/appendix/90_checks.ipynb 7
 import inspect
 import math
 import numbers
@@ -17,27 +17,9 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-# %% ../nbs/appendix/90_checks.ipynb 5
-def is_number(value, kind: type = numbers.Real, low: float = -math.inf) -> bool:
-    "Whether it is a number of that kind (no bool), at least `low` and below 1e9."
-    return isinstance(value, kind) and not isinstance(value, bool) and low <= value < 1e9
+from .ranges import check_count, check_positive, is_number
 
-
-def check_count(name: str, value) -> None:
-    if not is_number(value, numbers.Integral, 1):
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}.")
-
-
-def check_positive(name: str, value) -> None:
-    if not is_number(value, low=0) or value == 0:
-        raise ValueError(f"{name} must be a number above 0 (and below 1e9), not {value!r}.")
-
-
-def check_not_negative(name: str, value) -> None:
-    if not is_number(value, low=0):
-        raise ValueError(f"{name} must be a number of at least 0, not {value!r}.")
-
-# %% ../nbs/appendix/90_checks.ipynb 7
+# %% ../nbs/appendix/90_checks.ipynb 9
 TRAINABLE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline",
              "FluxPipeline")
 SPARED = {  # parts that a pipeline can do without; those of a group only together
@@ -97,7 +79,7 @@ def check_pipe(
         raise ValueError(f"the UNet is in {pipe.unet.dtype}, in which small steps are lost: call "
                          "pipe.unet.float(), or train an adapter over it with DDPOTrainer.")
 
-# %% ../nbs/appendix/90_checks.ipynb 9
+# %% ../nbs/appendix/90_checks.ipynb 11
 def check_prompts(prompts: list[str]) -> None:
     if isinstance(prompts, str) or not isinstance(prompts, (list, tuple, np.ndarray)):
         raise TypeError(f"prompts must be a list of strings, not a {type(prompts).__name__}.")
@@ -154,7 +136,7 @@ def check_prediction(
             "noise says nothing about x_0. Such models predict the velocity: set "
             "prediction_type='v_prediction' if this one does, else rescale_betas_zero_snr=False.")
 
-# %% ../nbs/appendix/90_checks.ipynb 11
+# %% ../nbs/appendix/90_checks.ipynb 13
 def check_loss_arguments(
     x_t: torch.Tensor, original_log_probs: torch.Tensor, advantages: torch.Tensor,
     clip_advantages: float, clip_ratio: float, prompts: list[str], num_inference_steps: int,
@@ -174,7 +156,7 @@ def check_loss_arguments(
     check_positive("clip_advantages", clip_advantages)
     check_positive("clip_ratio", clip_ratio)
 
-# %% ../nbs/appendix/90_checks.ipynb 13
+# %% ../nbs/appendix/90_checks.ipynb 15
 def reward_name(reward_fn: Callable) -> str:
     "What a reward is called in errors."
     while isinstance(reward_fn, partial): reward_fn = reward_fn.func
@@ -250,39 +232,3 @@ def check_rewards(
         raise ValueError(f"{name}: the reward of image {index}, prompt {prompts[index]!r}, is "
                          f"{array[index]}. Rewards must be finite.")
     return torch.from_numpy(array)
-
-# %% ../nbs/appendix/90_checks.ipynb 15
-def check_pair(name: str, value) -> None:
-    if not is_number(value, numbers.Integral, 2):
-        raise ValueError(f"{name} must be a whole number of at least 2, not {value!r}: a single "
-                         "reward is its own mean.")
-
-
-def check_seed(name: str, value) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not 0 <= value < 2**31:
-        raise ValueError(f"{name} must be a whole number from 0 to 2147483647, not {value!r}.")
-
-
-def check_side(name: str, value) -> None:
-    if not is_number(value, numbers.Integral, 8) or value % 8:
-        raise ValueError(f"{name} must be a multiple of 8 pixels, not {value!r}.")
-
-
-HYPERPARAMETERS = {
-    **dict.fromkeys(("num_samples_per_epoch", "num_epochs", "num_inner_epochs", "num_timesteps",
-                     "batch_size", "sample_batch_size"), check_count),
-    **dict.fromkeys(("lr", "max_grad_norm", "clip_advantages", "clip_ratio", "eta"),
-                    check_positive),
-    **dict.fromkeys(("cfg", "weight_decay"), check_not_negative),
-    **dict.fromkeys(("buffer_size", "min_count"), check_pair),
-    "seed": check_seed, "img_size": check_side}
-
-
-def check_config(
-    config,  # `DDPOConfig`
-) -> None:
-    "`ValueError` for a hyperparameter that is out of range."
-    for name, check in HYPERPARAMETERS.items(): check(name, getattr(config, name))
-    if config.min_count > config.buffer_size:
-        raise ValueError(f"min_count {config.min_count} can never be reached in a buffer of "
-                         f"{config.buffer_size}: make buffer_size at least as large.")

@@ -15,13 +15,12 @@ from functools import lru_cache
 from importlib.resources import files
 
 import numpy as np
-from timm.data import ImageNetInfo
-from torch.utils.data import Dataset
 
 # %% ../nbs/tutorial/05_prompts.ipynb 4
 @lru_cache
 def imagenet_animals() -> tuple[str, ...]:  # 397 names, in ImageNet's order
     "The ImageNet classes that the blog draws from, each by its first name."
+    from timm.data import ImageNetInfo  # here, because it loads PyTorch
     info = ImageNetInfo("imagenet-1k")
     return tuple(info.index_to_description(index).split(",")[0] for index in range(397))
 
@@ -89,7 +88,7 @@ def emoji_common_animal_prompts() -> str:  # such as "a honeybee"
     return random.choice(emoji_common_prompts())
 
 # %% ../nbs/tutorial/05_prompts.ipynb 15
-class PromptDataset(Dataset):
+class PromptDataset:
     "`num` prompts, each drawn from `prompt_fn` when it is asked for."
 
     def __init__(

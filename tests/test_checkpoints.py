@@ -20,7 +20,9 @@ import yaml
 from filelock import FileLock
 from safetensors.torch import load_file
 
-from ddpo_scratch.command.cli import parse, run_training, unfinished_until_the_end
+from ddpo_scratch.command.flags import parse
+from ddpo_scratch.command.folder import unfinished_until_the_end
+from ddpo_scratch.command.run import run_training
 from ddpo_scratch.prompts import emoji_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.scorers.names import WeightedSum
@@ -39,7 +41,8 @@ from ddpo_scratch.trainer.checkpoints import (
     state_to_dict,
     stop_after_a_batch,
 )
-from ddpo_scratch.trainer.config import TrainerConfig, make_config
+from ddpo_scratch.trainer.config import TrainerConfig
+from ddpo_scratch.trainer.presets import make_config
 from ddpo_scratch.trainer.trainer import TrainingState
 from helpers import Started, as_flags, ddpo_train, flat, opened, train, twin
 

@@ -28,25 +28,20 @@ from huggingface_hub import HfApi
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ddpo_scratch.command.cli import (
-    Command,
-    check_run_name,
-    image_grid,
-    main,
-    parse,
-    plain_reward,
-    preset_for,
-    run_folder,
-    run_training,
-    what_ran,
-)
+from ddpo_scratch.command.architectures import preset_for
+from ddpo_scratch.command.cli import main
+from ddpo_scratch.command.figures import image_grid
+from ddpo_scratch.command.flags import Command, parse
+from ddpo_scratch.command.folder import check_run_name, run_folder, what_ran
 from ddpo_scratch.command.plan import make_plan
+from ddpo_scratch.command.run import plain_reward, run_training
 from ddpo_scratch.prompts import emoji_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.scorers.names import WeightedSum, make_reward
 from ddpo_scratch.trainer.checkpoints import write_file
-from ddpo_scratch.trainer.config import GROUPS, PRESETS, TrainerConfig, help_of, make_config
+from ddpo_scratch.trainer.config import GROUPS, TrainerConfig, help_of
 from ddpo_scratch.trainer.lora import LORA_TARGETS
+from ddpo_scratch.trainer.presets import PRESETS, make_config
 from ddpo_scratch.trainer.trainer import check_run
 from ddpo_scratch.training import EVALUATION, noise_sources
 from helpers import Started, as_flags, ddpo_train, embedded, flat, last_line, opened, run_card, twin
@@ -660,7 +655,7 @@ def test_the_result_goes_to_the_hub(flags):
             f"http://127.0.0.1:{site.server_port}", [], {}, False, False)
         Thread(target=site.serve_forever, daemon=True).start()
         def run(name, token="hf_right", url=site.url):
-            with patch("ddpo_scratch.command.cli.HfApi", partial(HfApi, url, token)):
+            with patch("ddpo_scratch.command.card.HfApi", partial(HfApi, url, token)):
                 return called(place, *flags, "--name", name, "--lora_rank", "2",
                               "--push_to_hub", "me/foxes")
         lines, wrong = run("first")

@@ -4,7 +4,8 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from ddpo_scratch.trainer.config import PRESETS, TrainerConfig, make_config, make_prompt_fn
+from ddpo_scratch.trainer.config import TrainerConfig
+from ddpo_scratch.trainer.presets import PRESETS, make_config, make_prompt_fn
 from ddpo_scratch.trainer.trainer import check_run
 from helpers import redness, train, twin
 

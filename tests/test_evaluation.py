@@ -6,8 +6,8 @@ import torch
 
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.scorers.names import WeightedSum
-from ddpo_scratch.trainer.config import make_config, make_prompt_fn
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts, verdict
+from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from helpers import TINY, redness, twin
 
 

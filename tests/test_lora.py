@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from ddpo_scratch.models.families import network_of
 from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline, pipeline_source
-from ddpo_scratch.trainer.config import make_config, make_prompt_fn
 from ddpo_scratch.trainer.lora import (
     LORA_FILE,
     AdapterOff,
@@ -19,6 +18,7 @@ from ddpo_scratch.trainer.lora import (
     load_lora,
     save_lora,
 )
+from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.trainer.trainer import TrainingState
 from helpers import embedded, redness, sample, train, twin
 

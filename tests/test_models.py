@@ -20,16 +20,16 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch._dynamo.utils import counters
 from torch.distributions import MultivariateNormal, Normal
 
-from ddpo_scratch.command.cli import run_training
+from ddpo_scratch.command.run import run_training
 from ddpo_scratch.models.families import family_of, frozen_parts, network_of
 from ddpo_scratch.models.flow import flow_schedule, shift_of, warn_of_much_noise
 from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.sampling import calculate_log_probs
-from ddpo_scratch.trainer.config import make_config, make_prompt_fn
 from ddpo_scratch.trainer.gradient import Objective, Samples, step_losses
 from ddpo_scratch.trainer.lora import save_lora
 from ddpo_scratch.trainer.policy import Policy
+from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.workshop.twins import TWINS, make_twin
 from helpers import ddpo_train, embedded, fake_gpu, opened, redness, run_card, sample, train
 

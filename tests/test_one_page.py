@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ddpo_scratch.config import DDPOConfig
 from ddpo_scratch.loss import compute_loss
-from ddpo_scratch.training import TRAINING, DDPOConfig, noise_sources, train
+from ddpo_scratch.training import TRAINING, noise_sources, train
 from helpers import embedded, flat
 
 

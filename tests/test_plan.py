@@ -10,22 +10,15 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ddpo_scratch.animals import load_classifier, load_judge
-from ddpo_scratch.command.cli import parse
-from ddpo_scratch.command.plan import (
-    STABLE_DIFFUSION_1,
-    LiveBytes,
-    configurations,
-    make_plan,
-    models,
-    plan_text,
-    reward_bytes,
-)
+from ddpo_scratch.command.architectures import STABLE_DIFFUSION_1, configurations, models
+from ddpo_scratch.command.flags import parse
+from ddpo_scratch.command.plan import LiveBytes, make_plan, plan_text, reward_bytes
 from ddpo_scratch.models.families import frozen_parts, network_of, text_encoders
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.rewards import JPEGCompressibility
-from ddpo_scratch.trainer.config import make_config
 from ddpo_scratch.trainer.lora import add_lora
 from ddpo_scratch.trainer.precision import DTYPES
+from ddpo_scratch.trainer.presets import make_config
 from ddpo_scratch.workshop.twins import TWINS
 from helpers import embedded, opened, train
 
@@ -209,7 +202,7 @@ def test_the_plan_is_printed():
 @pytest.mark.slow
 def test_the_rehearsal():
     "The full architecture at 128 × 128 pixels, in a process of its own."
-    code = "from ddpo_scratch.command.plan import rehearse; rehearse(img_size=128)"
+    code = "from ddpo_scratch.workshop.rehearsal import rehearse; rehearse(img_size=128)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "picture (1, 128, 128, 3)" in done.stdout

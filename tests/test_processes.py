@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from ddpo_scratch.trainer.config import make_config
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts
+from ddpo_scratch.trainer.presets import make_config
 from ddpo_scratch.trainer.processes import (
     from_the_first,
     gathered,

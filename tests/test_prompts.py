@@ -16,7 +16,7 @@ from ddpo_scratch.prompts import (
     imagenet_animals,
     with_article,
 )
-from ddpo_scratch.trainer.config import PromptFile
+from ddpo_scratch.trainer.presets import PromptFile
 
 
 # torchvision keeps a list of its own. It renamed one animal, because ImageNet also has a crane that

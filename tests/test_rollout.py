@@ -12,9 +12,9 @@ import ddpo_scratch.trainer.trainer as trainer
 from ddpo_scratch.animals import AnimalReward
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.scorers.names import WeightedSum
-from ddpo_scratch.trainer.config import make_config, make_prompt_fn
 from ddpo_scratch.trainer.evaluation import fresh_prompts
 from ddpo_scratch.trainer.policy import Policy
+from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.trainer.rollout import PromptCache, is_elsewhere
 from ddpo_scratch.trainer.trainer import TrainingState
 from helpers import TINY, flat, redness, train, twin

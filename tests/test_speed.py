@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_scratch.trainer import speed
 from ddpo_scratch.trainer.checkpoints import state_from_dict, state_to_dict
-from ddpo_scratch.trainer.config import make_config
 from ddpo_scratch.trainer.gradient import Objective, Samples, add_gradient
 from ddpo_scratch.trainer.lora import add_lora
 from ddpo_scratch.trainer.policy import Policy
+from ddpo_scratch.trainer.presets import make_config
 from ddpo_scratch.trainer.speed import (
     Compiled,
     check_compiler,

@@ -12,8 +12,8 @@ from peft import LoraConfig
 import ddpo_scratch.trainer.trainer as trainer
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.scorers.names import WeightedSum
-from ddpo_scratch.trainer.config import make_config, make_prompt_fn
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts
+from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.trainer.rollout import PromptCache
 from ddpo_scratch.trainer.trainer import DDPOTrainer, TrainingState
 from helpers import TINY, flat, redness, train, twin

@@ -6,13 +6,13 @@ import pytest
 import torch
 from diffusers import PNDMScheduler
 
+from ddpo_scratch.config import DDPOConfig
 from ddpo_scratch.rewards import JPEGCompressibility
-from ddpo_scratch.trainer.config import make_config
+from ddpo_scratch.trainer.presets import make_config
 from ddpo_scratch.trainer.trainer import DDPOTrainer
 from ddpo_scratch.training import (
     EVALUATION,
     TRAINING,
-    DDPOConfig,
     equal_batches,
     evaluate,
     noise_sources,

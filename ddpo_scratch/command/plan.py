@@ -7,10 +7,7 @@ __all__ = []
 
 # %% ../../nbs/practice/28_plan.ipynb 3
 import math
-import sys
-import time
 import weakref
-from dataclasses import replace
 from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -18,157 +15,24 @@ from typing import NamedTuple
 import open_clip
 import torch
 import transformers
-import tyro
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig
 
 from ..animals import new_classifier, new_judge
-from ddpo_scratch.models.families import (
-    FAMILIES,
-    Conditioning,
-    StableDiffusion,
-    family_in,
-    frozen_parts,
-)
-from ..pipelines import EMBEDDED, load_pipeline, pipeline_source
+from .architectures import Made, configurations, models, move_here
+from ..models.conditioning import Conditioning
 from ..rewards import AESTHETIC_CLIP, MLP
 from ..sampling import Schedule
-from ..scorers.names import REWARDS, reward_weights
-from ..trainer.config import TrainerConfig, make_config
-from ..trainer.gradient import Objective, Samples, add_gradient, step_losses
-from ..trainer.lora import AdapterOff, add_lora
+from ..scorers.names import reward_weights
+from ..trainer.config import TrainerConfig
+from ..trainer.gradient import Objective, Samples, step_losses
 from ..trainer.policy import Policy, check_is_meant, quiet_loggers
-from ..trainer.precision import averages_bytes, frozen_type
-from ..trainer.trainer import TrainingState, policy_of
+from ..trainer.precision import averages_bytes
+from ..trainer.presets import REWARDS
 
-# %% ../../nbs/practice/28_plan.ipynb 5
-CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
-          "num_attention_heads": 12, "projection_dim": 768}
-CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32,
-          "num_attention_heads": 20, "projection_dim": 1280}
-T5_XXL = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
-          "vocab_size": 32128, "feed_forward_proj": "gated-gelu"}
-VAE = {"sample_size": 512, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
-       "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-
-
-class Made(NamedTuple):
-    "What a pipeline is made of, as published; what is not said is the classes' default."
-    family: StableDiffusion
-    network: dict       # configuration of the UNet or transformer
-    vae: dict
-    text_encoders: list[tuple[str, dict]]  # names of transformers' classes, configurations
-
-
-STABLE_DIFFUSION_1 = Made(
-    FAMILIES["StableDiffusionPipeline"], {"sample_size": 64, "cross_attention_dim": 768}, VAE,
-    [("CLIPTextModel", CLIP_L)])
-STABLE_DIFFUSION_XL = Made(
-    FAMILIES["StableDiffusionXLPipeline"],
-    {"sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
-     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-     "transformer_layers_per_block": (1, 2, 10), "attention_head_dim": (5, 10, 20),
-     "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
-     "projection_class_embeddings_input_dim": 2816, "use_linear_projection": True},
-    VAE, [("CLIPTextModel", CLIP_L), ("CLIPTextModelWithProjection", CLIP_G)])
-STABLE_DIFFUSION_35 = Made(
-    FAMILIES["StableDiffusion3Pipeline"],
-    {"sample_size": 128, "num_layers": 24, "num_attention_heads": 24, "out_channels": 16,
-     "caption_projection_dim": 1536, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
-     "dual_attention_layers": tuple(range(13))},
-    VAE | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False},
-    [("CLIPTextModelWithProjection", CLIP_L), ("CLIPTextModelWithProjection", CLIP_G),
-     ("T5EncoderModel", T5_XXL)])
-FLUX_1 = Made(
-    FAMILIES["FluxPipeline"], {"guidance_embeds": True},
-    STABLE_DIFFUSION_35.vae, [("CLIPTextModel", CLIP_L), ("T5EncoderModel", T5_XXL)])
-SHIPPED = {
-    "CompVis/stable-diffusion-v1-4": STABLE_DIFFUSION_1,
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": STABLE_DIFFUSION_1,
-    "stabilityai/stable-diffusion-xl-base-1.0": STABLE_DIFFUSION_XL,
-    "stabilityai/stable-diffusion-3.5-medium": STABLE_DIFFUSION_35,
-    "black-forest-labs/FLUX.1-dev": FLUX_1}
-
-# %% ../../nbs/practice/28_plan.ipynb 6
-def configurations(
-    name: str,  # as for `load_pipeline`
-) -> Made:
-    "What a pipeline is made of. `ValueError` where that cannot be had."
-    if name in SHIPPED:
-        return SHIPPED[name]
-    source = pipeline_source(name)
-    try:
-        family, parts = family_in(source)
-        others = pipeline_source("emoji") if name in EMBEDDED else source
-        return Made(
-            family, family.network_class.load_config(source, subfolder=family.network),
-            AutoencoderKL.load_config(others, subfolder="vae"),
-            [(parts[part][1], AutoConfig.from_pretrained(others, subfolder=part).to_dict())
-             for part in ("text_encoder", "text_encoder_2", "text_encoder_3")
-             if parts.get(part, (None, None))[1]])
-    except OSError as error:
-        raise ValueError(f"the configuration of {name!r} cannot be had ({error}). Known without a "
-                         f"download: {', '.join(EMBEDDED)}, {', '.join(SHIPPED)}.") from error
-
-
-def build(
-    kind: type,        # of the UNet or transformer, or one of transformers' text encoders
-    settings: dict,    # its configuration
-    config: TrainerConfig,
-) -> torch.nn.Module:
-    "The module with new weights, of the type in which a run loads it."
-    module = (kind.from_config(settings) if hasattr(kind, "from_config") else
-              kind(kind.config_class(**settings)))
-    module = torch.nn.Module.to(module, frozen_type(config)).eval()
-    exact = getattr(module, "_keep_in_fp32_modules", None) or []  # such as T5's `wo`
-    for name, part in module.named_modules():
-        if frozen_type(config) == torch.float16 and name.rpartition(".")[2] in exact: part.float()
-    return module
-
-
-def models(
-    config: TrainerConfig,
-    made: Made,
-) -> tuple:  # network as it is trained, the KL's reference or None, VAE, text encoders
-    "The modules on the meta device, which has shapes and types and nothing else."
-    def network(): return build(made.family.network_class, made.network, config)
-    with torch.device("meta"):
-        trained, vae = network(), AutoencoderKL.from_config(made.vae).eval()
-        text_encoders = [build(getattr(transformers, name), settings, config)
-                         for name, settings in made.text_encoders]
-        has_copy = config.beta > 0 and not config.lora_rank
-        reference = network().requires_grad_(False) if has_copy else None
-    for module in (vae, *text_encoders): module.requires_grad_(False)
-    if config.gradient_checkpointing: trained.enable_gradient_checkpointing()
-    if config.lora_rank:
-        add_lora(trained, config.lora_rank, config.lora_alpha, config.lora_targets)
-        if config.beta > 0: reference = AdapterOff(trained)
-    return trained, reference, vae, text_encoders
-
-
-def move_here(
-    module: torch.nn.Module,  # on the meta device
-) -> None:
-    "New tensors for its weights, where the surrounding mode puts them."
-    for part in module.modules():
-        for kind in (part._parameters, part._buffers):
-            for name, old in kind.items():
-                if old is None: continue
-                new = torch.empty(old.shape, dtype=old.dtype)
-                if isinstance(old, torch.nn.Parameter):
-                    new = torch.nn.Parameter(new, old.requires_grad)
-                kind[name] = new
-
-# %% ../../nbs/practice/28_plan.ipynb 8
+# %% ../../nbs/practice/28_plan.ipynb 11
 class LiveBytes(TorchDispatchMode):
     "The bytes of tensors that operations make while it is on: `.now`, and `.peak`."
 
@@ -198,7 +62,7 @@ class LiveBytes(TorchDispatchMode):
         self.seen.discard(key)
         self.now -= size
 
-# %% ../../nbs/practice/28_plan.ipynb 9
+# %% ../../nbs/practice/28_plan.ipynb 12
 class Work:
     "One denoising step of some samples, sampled or trained, by the library's own functions."
 
@@ -291,7 +155,7 @@ def work_of(
     if key not in WORKS: WORKS[key] = Work(config, made)
     return WORKS[key]
 
-# %% ../../nbs/practice/28_plan.ipynb 11
+# %% ../../nbs/practice/28_plan.ipynb 14
 def clip_vit_h() -> torch.nn.Module:
     "PickScore's: CLIP ViT-H/14 with a projection to 1024 numbers."
     def tower(width, layers, **settings):
@@ -322,7 +186,7 @@ def reward_bytes(
         models = [make() for make in made.get(name, ())]
     return sum(4 * weight.numel() for model in models for weight in model.parameters())
 
-# %% ../../nbs/practice/28_plan.ipynb 12
+# %% ../../nbs/practice/28_plan.ipynb 15
 class Plan(NamedTuple):
     "What a run takes; computed, not measured."
     trained: int                # numbers that are trained
@@ -381,7 +245,7 @@ def make_plan(
          "gradients": 4 * trained, "AdamW's averages": averages},
         peaks, 2 * 4 * epoch * (config.num_timesteps + 1) * latents)
 
-# %% ../../nbs/practice/28_plan.ipynb 15
+# %% ../../nbs/practice/28_plan.ipynb 18
 GPUS = {  # gigabytes, and 10¹² operations a second in fp32 (as TF32) and in 16 bits, says NVIDIA
     "RTX 3090, 24 GB": (25.8, 35.6, 71), "RTX 4090, 24 GB": (25.8, 82.6, 165),
     "A100, 80 GB": (85.9, 156, 312), "H100, 80 GB": (85.9, 495, 989)}
@@ -429,79 +293,3 @@ def duration(seconds: float) -> str:
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= size: return f"{seconds / size:6.1f} {unit:3}"
     return f"{max(seconds, 0.1):6.1f} s  "
-
-# %% ../../nbs/practice/28_plan.ipynb 23
-def full_size(
-    config: TrainerConfig,  # its pipeline is one of `SHIPPED`
-) -> DiffusionPipeline:
-    "The pipeline with random weights, the embedded model's tokenizer, and no T5."
-    embedded, made = load_pipeline("emoji", "cpu"), SHIPPED[config.pipeline]
-    with torch.device(config.device):
-        parts = {made.family.network: build(made.family.network_class, made.network, config),
-                 "vae": AutoencoderKL.from_config(made.vae).eval()}
-        for number, (name, settings) in enumerate(made.text_encoders, 1):
-            end, is_t5 = f"_{number}".removesuffix("_1"), name == "T5EncoderModel"
-            parts["text_encoder" + end] = None if is_t5 else build(
-                getattr(transformers, name), settings, config)
-            parts["tokenizer" + end] = None if is_t5 else embedded.tokenizer
-    embedded.tokenizer.model_max_length = 77
-    scheduler = (FlowMatchEulerDiscreteScheduler(shift=3.0) if made.family.flow
-                 else embedded.scheduler)
-    spared = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    no_filter = spared if made is STABLE_DIFFUSION_1 else {}
-    pipe = made.family.pipeline(scheduler=scheduler, **no_filter | parts)
-    for module in frozen_parts(pipe): module.requires_grad_(False)
-    return pipe
-
-
-def peak_memory() -> int:
-    "The most that this process has taken until now, bytes."
-    import resource  # which Windows does not have
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def rehearse(
-    preset: str = "blog",         # blog, sdxl or sd35
-    img_size: int | None = None,  # pixels; None: the preset's
-    device: str = "cpu",
-) -> None:
-    "Two steps of sampling, one of training, at full size: what they take, and whether they work."
-    start = time.perf_counter()
-    def took(what):
-        seconds, peak = time.perf_counter() - start, peak_memory() / 1e9
-        print(f"{what:10} {seconds:6.1f} s   peak {peak:5.1f} GB", flush=True)
-    config = make_config(preset, num_timesteps=2, timestep_fraction=0.5, device=device, beta=0.0)
-    config = replace(config, img_size=img_size or config.img_size, lora_rank=config.lora_rank or 4)
-    if config.mixed_precision == "fp16" and device == "cpu":
-        config = replace(config, mixed_precision="bf16")
-        print("in bf16 in place of fp16, in which a CPU is hundreds of times slower", flush=True)
-    if config.pipeline not in SHIPPED:
-        raise ValueError(f"preset {preset!r} is small enough to be run: give blog, sdxl or sd35.")
-    pipe = full_size(config)
-    policy, state = policy_of(config, pipe), TrainingState(config, pipe)
-    policy.network.enable_gradient_checkpointing()
-    policy.network.eval()
-    took("made")
-    cond = policy.encode(["a fox"]).to(device)
-    trajectory = policy.sample(cond)
-    took("sampled")
-    picture = policy.decode(trajectory.latents[-1])
-    took("decoded")
-    samples = Samples(*trajectory, torch.ones(1, device=device), cond)
-    measured = add_gradient(policy, samples, Objective(1e-4, 10.0), config.trained_steps)
-    took("trained")
-    trained = {id(weight) for weight in state.weights}
-    if not all(weight.grad.isfinite().all() for weight in state.weights):
-        raise RuntimeError("a gradient of the adapter is NaN or infinite.")
-    if any(p.grad is not None for p in policy.network.parameters() if id(p) not in trained):
-        raise RuntimeError("a weight that is frozen has a gradient.")
-    norm = torch.stack([weight.grad.norm() for weight in state.weights]).norm()
-    print(f"picture {picture.shape}, norm of the gradient {norm:.2e}, log-ratio "
-          f"{measured['max_log_ratio']:.1e}; gradients are finite in {len(trained)} tensors of the "
-          "adapter, and there are none elsewhere", flush=True)
-
-
-def rehearsal() -> None:
-    "The command `ddpo_rehearsal`."
-    tyro.cli(rehearse, use_underscores=True)

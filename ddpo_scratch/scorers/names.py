@@ -24,6 +24,7 @@ import torch
 from ..checks import check_reward_fn, check_rewards, reward_name
 from ..rewards import Scorer
 from ..stat_tracker import spread_of
+from ..trainer.presets import REWARDS
 
 # %% ../../nbs/practice/20_sums.ipynb 6
 def origin_and_unit(
@@ -114,17 +115,6 @@ class WeightedSum:
         return self.total(self.parts(images, prompts))
 
 # %% ../../nbs/practice/20_sums.ipynb 13
-REWARDS = {  # where each is found
-    "aesthetic": "ddpo_scratch.rewards:AestheticReward",
-    "animal": "ddpo_scratch.animals:AnimalReward",
-    "clip_score": "ddpo_scratch.scorers.scorers:CLIPScore",
-    "jpeg_compressibility": "ddpo_scratch.rewards:JPEGCompressibility",
-    "jpeg_incompressibility": "ddpo_scratch.rewards:JPEGIncompressibility",
-    "pickscore": "ddpo_scratch.scorers.scorers:PickScore",
-    "right_animal": "ddpo_scratch.animals:RightAnimal",
-}
-
-
 FROM_FILES = "rewards_of_"  # names of their modules begin so
 
 

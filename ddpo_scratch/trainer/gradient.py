@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from ..loss import clipped_surrogate
-from ..models.families import Conditioning
+from ..models.conditioning import Conditioning
 from ..sampling import calculate_log_probs
 from .policy import Policy
 

@@ -20,11 +20,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..models.families import family_of, network_of
+from .config import LORA_TARGETS
 
 # %% ../../nbs/practice/23_lora.ipynb 4
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the attention's four matrices
-
-
 def adapters_of(
     unet: torch.nn.Module,
 ) -> dict[str, LoraConfig]:  # by name; empty without any

@@ -19,10 +19,13 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch.utils._pytree import tree_map
 
-from ..checks import check_steps, is_number
-from ..models.families import Conditioning, StableDiffusion, family_of
+from ..checks import check_steps
+from ..models.conditioning import Conditioning
+from ..models.families import family_of
 from ..models.flow import flow_schedule, shift_of
+from ..models.stable_diffusion import StableDiffusion
 from ..pipelines import is_flow
+from ..ranges import is_number
 from ddpo_scratch.sampling import (
     Schedule,
     calculate_log_probs,

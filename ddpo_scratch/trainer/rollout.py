@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
-from ..models.families import Conditioning
+from ..models.conditioning import Conditioning
 from ..rewards import Scorer
 from ..scorers.names import WeightedSum, ask, parts_of
 from .checkpoints import random_states, set_random_states

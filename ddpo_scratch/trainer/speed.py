@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..models.families import Conditioning
+from ..models.conditioning import Conditioning
 from .gradient import Objective, Samples, step_losses
 from .policy import Policy
 from .precision import averages_bytes

@@ -27,14 +27,16 @@ import tyro
 from diffusers import DiffusionPipeline
 
 from .. import training
-from ..command.cli import csv_text, write_file
-from ..command.plan import peak_memory
+from ..command.figures import csv_text
+from ..config import DDPOConfig
 from ..pipelines import load_pipeline, pipeline_source
 from ..sampling import encode_prompts
 from ..trainer import policy, trainer
+from ..trainer.checkpoints import write_file
 from ..trainer.config import TrainerConfig
 from ..trainer.trainer import DDPOTrainer
-from ..training import DDPOConfig, train
+from ..training import train
+from .rehearsal import peak_memory
 
 # %% ../../nbs/appendix/32_bench.ipynb 5
 @dataclass(frozen=True)

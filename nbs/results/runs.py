@@ -37,15 +37,17 @@ import numpy as np
 import torch
 
 from ddpo_scratch.animals import load_classifier, load_judge, share_right
-from ddpo_scratch.command.cli import csv_text, plain_reward, png_bytes, progress_strip, write_file
+from ddpo_scratch.command.figures import csv_text, png_bytes, progress_strip
 from ddpo_scratch.command.plan import make_plan
+from ddpo_scratch.command.run import plain_reward
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.prompts import PromptDataset, emoji_common_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.sampling import decoding_fn, sd_sample
 from ddpo_scratch.scorers.names import WeightedSum, make_reward
-from ddpo_scratch.trainer.config import make_config, make_prompt_fn
+from ddpo_scratch.trainer.checkpoints import write_file
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts, no_reward
+from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.trainer.trainer import DDPOTrainer
 from ddpo_scratch.training import EVALUATION, noise_sources
 from ddpo_scratch.workshop.emoji_model import BACKGROUNDS, named_right
