@@ -15,8 +15,10 @@ from .trainer.config import *
 from .trainer.presets import PRESETS, PROMPTS, PromptFile, make_config, make_prompt_fn
 from .trainer.policy import *
 from .trainer.gradient import *
+from .trainer.checkpoints import Stopped
 from .trainer.lora import *
 from .trainer.trainer import *
+from .trainer.trainer import TrainingState
 from .trainer.evaluation import *
 from .command.run import run_training
 from .workshop.emoji_model import *

@@ -77,16 +77,16 @@ def ddim_scheduler(
     if "beta_schedule" not in config:
         raise ValueError(f"{name} has no schedule of betas, so it cannot be turned into DDIM, "
                          "whose steps are what is trained.")
-    unsaid = {key for key in config.get("_use_default_values", ()) if not key.startswith("beta")}
-    said = {key: value for key, value in config.items() if key not in unsaid}
-    said.pop("_use_default_values", None)
-    said = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1) | said
-    spacing = said.get("timestep_spacing", "leading")
-    ends_at_0 = spacing == "linspace" or (spacing == "leading" and said["steps_offset"] == 0)
-    if ends_at_0 and not said["set_alpha_to_one"]:
-        said |= dict(timestep_spacing="leading", steps_offset=1)
+    defaults = {key for key in config.get("_use_default_values", ()) if not key.startswith("beta")}
+    given = {key: value for key, value in config.items() if key not in defaults}
+    given.pop("_use_default_values", None)
+    given = dict(clip_sample=False, set_alpha_to_one=False, steps_offset=1) | given
+    spacing = given.get("timestep_spacing", "leading")
+    ends_at_0 = spacing == "linspace" or (spacing == "leading" and given["steps_offset"] == 0)
+    if ends_at_0 and not given["set_alpha_to_one"]:
+        given |= dict(timestep_spacing="leading", steps_offset=1)
     try:
-        return DDIMScheduler.from_config(said)
+        return DDIMScheduler.from_config(given)
     except NotImplementedError as error:
         raise ValueError(f"{name} cannot be turned into DDIM: {error}.") from error
 

@@ -7,7 +7,7 @@ import numbers
 
 # %% ../nbs/appendix/90_checks.ipynb 5
 def is_number(value, kind: type = numbers.Real, low: float = -math.inf) -> bool:
-    "Whether it is a number of that kind (no bool), at least `low` and below 1e9."
+    "Whether a value is a number of a kind (no bool), at least `low` and below 1e9."
     return isinstance(value, kind) and not isinstance(value, bool) and low <= value < 1e9
 
 

@@ -226,7 +226,7 @@ def test_a_run_may_grow_and_change_in_no_other_way():
             run(short, True, num_epochs=4, seed=1)
         with pytest.raises(ValueError, match="leave out --preset"):
             parse([*flags, "--preset", "blog"])
-        with pytest.raises(ValueError, match="none.config.yaml' cannot be read"):
+        with pytest.raises(ValueError, match="there is no run in '.*none'"):
             parse(["--resume", f"{runs}/none"])
         config, _, name, folder, _ = parse([*flags, "--num_epochs", "4"])
         assert (config.num_epochs, name, folder) == (4, None, short)

@@ -257,6 +257,8 @@ MISTAKES = {
     "--img_size 100": "img_size must be a multiple of 8", "--name ../x": "a run's name",
     "--prompts imagenet_animal_prompts": "the prompt '", "--reward animal:x": "the weight of",
     "--device gpu": "device 'gpu' cannot", "--device meta": "device 'meta' cannot",
+    "--prompts own.py:f": "prompts 'own.py:f': here a known name or a text file",
+    "--plan --reward own.py:f": "the reward 'own.py:f': there is no file",
     "--name .hid": "a run's name must be a plain name that does not begin with a dot"}
 
 

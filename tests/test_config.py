@@ -29,6 +29,15 @@ def test_presets_are_the_blogs_and_its_miniature():
     assert PRESETS["emoji"].pipeline == "emoji"
 
 
+def test_names_that_are_not_settings():
+    "The nearest one is named; a function in place of a name; `no`, which YAML reads as False."
+    with pytest.raises(ValueError, match="no setting 'num_epoch'. Did you mean 'num_epochs'"):
+        make_config("blog", num_epoch=3)
+    with pytest.raises(TypeError, match="Functions go to run_training or DDPOTrainer"):
+        make_config("blog", reward=redness)
+    assert make_config("sdxl", mixed_precision=False).mixed_precision == "no"
+
+
 def test_of_two_counts_one_will_do():
     "buffer_size and min_count: each follows from the other where only one is given."
     def counts(config): return config.buffer_size, config.min_count

@@ -186,8 +186,8 @@ def test_blocks_are_one_graph_each(name, lora_rank, twins):
             assert ours[number] == pytest.approx(theirs[number], rel=1e-3, abs=1e-5)
 
 
-# The walk of a flow model: against diffusers where it has no noise, against the formula as it is
-# printed, and against the truth, where that is known.
+# The sampling of a flow model: against diffusers where it has no noise, against the formula,
+# and against the truth, where that is known.
 def walking(velocity, schedule):
     "A policy whose network, after guidance, is this function of (x, t)."
     policy = Policy(None, len(schedule.std), 1.0, 1.0, (8, 8))
@@ -233,8 +233,8 @@ def test_the_step_is_flow_grpos():
 
 # Two Gaussians in the plane, and the velocity that a perfect network would have learnt from them:
 # the noisier of the two is a mixture of Gaussians too, so what to expect of the clean point and of
-# the noise is known in closed form. Whatever the amount of noise, the walk must end in the data's
-# mean and covariance, the better the more steps it takes.
+# the noise is known in closed form. With any amount of noise, the samples must have the data's mean
+# and covariance, the better the more steps there are.
 SHARES = torch.tensor([0.3, 0.7], dtype=torch.float64)
 MEANS = torch.tensor([[2.0, -1.0], [-1.0, 0.5]], dtype=torch.float64)
 COVARIANCES = torch.tensor([[[0.5, 0.2], [0.2, 0.3]], [[0.2, -0.1], [-0.1, 0.4]]],

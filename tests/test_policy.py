@@ -168,6 +168,7 @@ def test_bad_policies():
     refused(ValueError, "num_inference_steps must be a whole number of at least 1", steps=0)
     refused(ValueError, "beyond the scheduler's 1000", steps=1000)
     refused(ValueError, "finite", guidance_scale=math.nan)
+    refused(TypeError, "size is height and width", size=64)
 
 
 def test_other_models_are_refused():

@@ -308,3 +308,12 @@ def test_what_is_watched_is_told_and_not_followed():
     assert row["reward_mean"] == pytest.approx(0, abs=1e-6)  # from the means of its parts on
     total = 2 * (red - red.mean()) / red.std() + (small - small.mean()) / small.std()
     assert row["reward_std"] == pytest.approx(total.std(), rel=1e-5)
+
+
+def test_arguments_of_another_kind():
+    "A model's name in place of the configuration; a list of rewards in place of a dict."
+    pipe, config = twin("sd2"), make_config("emoji", **TINY)
+    with pytest.raises(TypeError, match="config is a TrainerConfig.*not a str"):
+        DDPOTrainer("sdxl", pipe, lambda: "a fox", redness)
+    with pytest.raises(TypeError, match="eval_rewards is a dict .*not a list"):
+        DDPOTrainer(config, pipe, lambda: "a fox", redness, [redness])

@@ -2,7 +2,7 @@
 
 
 # %% ../../nbs/practice/28_plan.ipynb 5
-"What a pipeline is made of, without its weights; and which preset is made for it."
+"The configuration of a pipeline's parts, without weights, and the preset that fits it."
 from typing import NamedTuple
 
 import torch
@@ -30,11 +30,11 @@ VAE = {"sample_size": 512, "block_out_channels": (128, 256, 512, 512), "layers_p
 
 
 class Made(NamedTuple):
-    "What a pipeline is made of, as published; what is not said is the classes' default."
+    "The published configuration of a pipeline's parts; other values are the classes' defaults."
     family: StableDiffusion
-    network: dict       # configuration of the UNet or transformer
+    network: dict       # configuration of the UNet or the transformer
     vae: dict
-    text_encoders: list[tuple[str, dict]]  # names of transformers' classes, configurations
+    text_encoders: list[tuple[str, dict]]  # class names in transformers, configurations
 
 
 STABLE_DIFFUSION_1 = Made(
@@ -71,7 +71,7 @@ SHIPPED = {
 def configurations(
     name: str,  # as for `load_pipeline`
 ) -> Made:
-    "What a pipeline is made of. `ValueError` where that cannot be had."
+    "The configuration of a pipeline's parts, or `ValueError` if it cannot be read."
     if name in SHIPPED:
         return SHIPPED[name]
     source = pipeline_source(name)
@@ -94,11 +94,11 @@ def build(
     settings: dict,    # its configuration
     config: TrainerConfig,
 ) -> torch.nn.Module:
-    "The module with new weights, of the type in which a run loads it."
+    "A module with new weights, in the floating-point type in which a run loads it."
     module = (kind.from_config(settings) if hasattr(kind, "from_config") else
               kind(kind.config_class(**settings)))
     module = torch.nn.Module.to(module, frozen_type(config)).eval()
-    exact = getattr(module, "_keep_in_fp32_modules", None) or []  # such as T5's `wo`
+    exact = getattr(module, "_keep_in_fp32_modules", None) or []  # kept in float32, as T5's `wo`
     for name, part in module.named_modules():
         if frozen_type(config) == torch.float16 and name.rpartition(".")[2] in exact: part.float()
     return module
@@ -107,8 +107,8 @@ def build(
 def models(
     config: TrainerConfig,
     made: Made,
-) -> tuple:  # network as it is trained, the KL's reference or None, VAE, text encoders
-    "The modules on the meta device, which has shapes and types and nothing else."
+) -> tuple:  # trained network, reference of the KL penalty or None, VAE, text encoders
+    "The pipeline's modules on the meta device, with shapes and types but without contents."
     def network(): return build(made.family.network_class, made.network, config)
     with torch.device("meta"):
         trained, vae = network(), AutoencoderKL.from_config(made.vae).eval()
@@ -127,7 +127,7 @@ def models(
 def move_here(
     module: torch.nn.Module,  # on the meta device
 ) -> None:
-    "New tensors for its weights, where the surrounding mode puts them."
+    "Replace a module's weights and buffers by new tensors, made in the surrounding mode."
     for part in module.modules():
         for kind in (part._parameters, part._buffers):
             for name, old in kind.items():
@@ -141,7 +141,7 @@ def move_here(
 def preset_for(
     pipeline: str,  # as for `load_pipeline`
 ) -> str:
-    "The first preset of the model's family; the embedded models have their own, trained or not."
+    "The first preset of the model's family; `emoji` for the embedded models, fine-tuned or not."
     if pipeline in EMBEDDED: return "emoji"
     def network(made):
         return {key: value for key, value in made.network.items() if not key.startswith("_")}

@@ -2,7 +2,7 @@
 
 
 # %% ../../nbs/practice/13_command.ipynb 21
-"The model card, and the way to the hub."
+"The model card, and the upload to the hub."
 import shlex
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -31,7 +31,7 @@ Trained with DDPO (Black et al. 2023, arXiv:2305.13301) by `ddpo_scratch`, on pr
 
 ![mean reward over the epochs](reward_curve.png)
 
-It was trained to draw in {num_timesteps} steps with noise ({walk}), guidance {cfg:g},
+It was trained to draw in {num_timesteps} steps with noise ({sampler}), guidance {cfg:g},
 {height} × {width} pixels, in {arithmetic}.
 Unless another sampler is named, the numbers above are of {this}:
 
@@ -49,9 +49,9 @@ All settings:
 
 
 def without_folders(
-    names: str | None,  # of a pipeline, prompts or rewards, with commas between them
+    names: str | None,  # of a pipeline, prompts or rewards, separated by commas
 ) -> str | None:
-    "What concerns nobody else is left out: where files lie on this machine."
+    "The names, with absolute paths shortened to the file's or folder's own name."
     return names and ",".join(
         Path(name).name if Path(name).is_absolute() else name for name in names.split(","))
 
@@ -59,11 +59,11 @@ def without_folders(
 def model_card(
     config: TrainerConfig,  # as it ran
     pipe: DiffusionPipeline,
-    run: dict,           # of `first_look`
+    run: dict,           # from `evaluate_before`
     verdict: str,
     lora: bool,          # whether an adapter was trained
 ) -> str:
-    "What was trained and how, and the code that opens it and draws with its own sampler."
+    "The model card: what was trained and how, and code that loads the model and samples."
     flow, name = is_flow(pipe.scheduler), family_of(pipe).pipeline.__name__
     here, is_hub = "path/to/this/folder", HUB_NAME.fullmatch(config.pipeline)
     is_embedded = config.pipeline in EMBEDDED
@@ -71,7 +71,7 @@ def model_card(
     config = replace(config, **{name: without_folders(getattr(config, name)) for name in (
         "pipeline", "prompts", "reward", "eval_rewards", "lora_from")})
     parts = "".join(f", {part}=None" for part in ("text_encoder_3", "tokenizer_3")
-                    if getattr(pipe, part, "") is None)  # of which diffusers wants to be told
+                    if getattr(pipe, part, "") is None)  # diffusers has to be told
     in_16_bits = lora and config.mixed_precision != "no"
     if in_16_bits: parts += f", dtype={DTYPES[config.mixed_precision]}"
     load = f'{name}.from_pretrained(\n    "{base if lora else here}"{parts})'
@@ -96,8 +96,9 @@ def model_card(
             tags=["text-to-image", "stable-diffusion" if name.startswith("Stable") else "flux",
                   "reinforcement-learning", "ddpo", *["lora"] * lora]).to_yaml(),
         opening="\n".join(lines), example=run["prompts"][0],
-        walk=f"a flow model's walk, a = {config.eta:g}" if flow else f"DDIM, eta {config.eta:g}",
-        this="that walk;\n`diffusers` has its own, without noise" if flow else "this",
+        sampler=(f"a flow model's sampling with noise, a = {config.eta:g}" if flow
+                 else f"DDIM, eta {config.eta:g}"),
+        this="that sampling;\n`diffusers` has its own, without noise" if flow else "this",
         eta_argument="" if flow else f" eta={config.eta},",
         calling="".join(f", {key}={value}" for key, value in family_of(pipe).calling(pipe).items()),
         verdict="\n".join(f"- {line}" for line in verdict.splitlines()),
@@ -106,9 +107,9 @@ def model_card(
 # %% ../../nbs/practice/13_command.ipynb 34
 @contextmanager
 def hub_errors(
-    what: str,  # that cannot be done
+    what: str,  # the message: what cannot be done
 ):
-    "Whatever goes wrong with the hub, in a sentence. The errors are of several libraries."
+    "Turn any error of the hub, of whatever library, into a `ValueError` of one line."
     try:
         yield
     except Exception as error:
@@ -119,17 +120,17 @@ def hub_errors(
 def make_repo(
     repo: str,  # owner/name
 ) -> None:
-    "Make a private repository, or find one that may be written to."
+    "Create a private repository if there is none. `ValueError` if it cannot be written to."
     with hub_errors(f"{repo!r} cannot be written to on the hub (`hf auth login` logs in)"):
         HfApi().create_repo(repo, private=True, exist_ok=True)
         HfApi().auth_check(repo, write=True)
 
 
 def upload(
-    folder: Path,  # of a run that has come to its end
+    folder: Path,  # of a finished run
     repo: str,     # owner/name
 ) -> str:          # the address of the commit
-    "What was trained, to the hub."
+    "Upload the trained pipeline or adapter to the hub."
     path = next(folder / name for name in ("lora", "pipeline") if (folder / name).exists())
     again = f"hf upload {shlex.quote(repo)} {shlex.quote(str(path))}"
     with hub_errors(f"{path} could not be uploaded (`{again}` does it later)"):

@@ -13,9 +13,9 @@ def leave(number, frame):
 
 
 def main() -> None:
-    "`ddpo_train`; Ctrl-C is answered, and so is --help, before PyTorch is loaded."
+    "The entry point of `ddpo_train`: handles --help and an early Ctrl-C without PyTorch."
     usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # not where a shell has it ignored
+    if usual is signal.default_int_handler:  # not if the shell set it to be ignored
         signal.signal(signal.SIGINT, leave)
     if {"-h", "--help"} & {*sys.argv}:
         from ddpo_scratch.command.flags import parse

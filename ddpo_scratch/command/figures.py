@@ -2,7 +2,7 @@
 
 
 # %% ../../nbs/practice/13_command.ipynb 5
-"Curves, grids and moving pictures of a run, and the files that they become."
+"Reward curve, image grids and animation of a run, as figures and as files."
 import csv
 import io
 from pathlib import Path
@@ -16,9 +16,9 @@ from ddpo_scratch.trainer.checkpoints import write_file
 
 # %% ../../nbs/practice/13_command.ipynb 6
 def csv_text(
-    rows: list[dict],  # with the same keys
+    rows: list[dict],  # all with the same keys
 ) -> str:
-    "Rows as CSV, the keys as its head."
+    "The rows as CSV text, with the keys as its header."
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
@@ -29,7 +29,7 @@ def csv_text(
 def png_bytes(
     figure: Figure,
     dpi: int = 120,
-    cropped: bool = True,  # to what is drawn; else the size is the figure's
+    cropped: bool = True,  # crop to the content; False: keep the figure's size
 ) -> bytes:
     "A matplotlib figure as a PNG file."
     buffer = io.BytesIO()
@@ -41,7 +41,7 @@ def reward_curve(
     history: list[dict],  # rows of `train`
     reward: str,          # the reward's name, for the axis
 ) -> Figure:
-    "Mean reward an epoch, with the spread between pictures as a band; below, what else was scored."
+    "Mean reward of each epoch ± standard deviation; below, parts of a sum and evaluation rewards."
     columns = {key: np.array([row[key] for row in history]) for key in history[0]}
     epochs, mean, std = (columns.pop(key) for key in ("epoch", "reward_mean", "reward_std"))
     others = [key for key in columns if key.startswith(("reward_", "eval_"))]
@@ -50,7 +50,7 @@ def reward_curve(
         1 + len(others), sharex=True, squeeze=False, height_ratios=[2, *[1] * len(others)]).flat
     top.fill_between(epochs, mean - std, mean + std, alpha=0.2, lw=0)
     top.plot(epochs, mean, marker="o", ms=3)
-    top.set_ylabel(reward, fontsize=8, parse_math=False)  # names and prompts are no formulas
+    top.set_ylabel(reward, fontsize=8, parse_math=False)  # names and prompts are not TeX
     for ax, name in zip(below, others):
         ax.plot(epochs, columns[name], marker="o", ms=3)
         ax.set_ylabel(name.replace("_", " ", 1), fontsize=8, parse_math=False)
@@ -64,7 +64,7 @@ def image_grid(
     titles: list[str],     # B of them
     columns: int = 8,
 ) -> Figure:
-    "Pictures with their titles in rows."
+    "A grid of images, each with its title."
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(1.25 * columns, 1.5 * rows))
     for ax in figure.subplots(rows, columns, squeeze=False).flat: ax.axis("off")
@@ -75,11 +75,11 @@ def image_grid(
 
 
 def progress_strip(
-    columns: list[np.ndarray],  # pictures uint8 [R, H, W, 3], once for every look at the policy
+    columns: list[np.ndarray],  # for each evaluation, images, uint8, [R, H, W, 3]
     titles: list[str],          # of the columns
     labels: list[str],          # of the R rows
 ) -> Figure:
-    "Pictures that change from left to right, a row for each prompt."
+    "A grid of images with a row for each prompt and a column for each evaluation."
     figure = Figure(figsize=(1.05 * len(columns) + 0.4, 1.1 * len(labels)), layout="constrained")
     axes = figure.subplots(len(labels), len(columns), squeeze=False)
     for column, images in enumerate(columns):
@@ -94,11 +94,11 @@ def progress_strip(
 
 
 def strip_frame(
-    images: np.ndarray,  # one look at the policy, uint8, [R, H, W, 3]
-    title: str,          # of the look
-    labels: list[str],   # of the R pictures
+    images: np.ndarray,  # of one evaluation, uint8, [R, H, W, 3]
+    title: str,          # of the frame
+    labels: list[str],   # of the R images
 ) -> Image.Image:
-    "The same pictures in one row, a frame of the moving strip."
+    "One frame of the animation: the images of one evaluation in a row."
     figure = image_grid(images, [label[:20] for label in labels], len(labels))
     figure.suptitle(title, fontsize=8, y=0.99, parse_math=False)
     figure.subplots_adjust(0.01, 0, 0.99, 0.82, 0.05)
@@ -108,7 +108,7 @@ def strip_frame(
 def gif_bytes(
     frames: list[Image.Image],  # of one size
 ) -> bytes:
-    "An endless animation, two looks a second; the last one stays for two seconds."
+    "A GIF that repeats, half a second for each frame and two seconds for the last one."
     buffer = io.BytesIO()
     frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], loop=0,
                    duration=[500] * (len(frames) - 1) + [2000])
@@ -121,6 +121,6 @@ def save_pictures(
     images: np.ndarray,
     rewards: torch.Tensor,
 ) -> None:
-    "The first 32 pictures with prompt and reward."
+    "Save the first 32 images in one PNG file, each with its prompt and reward."
     titles = [f"{prompt[:20]}\n{reward:.3f}" for prompt, reward in zip(prompts, rewards.tolist())]
     write_file(path, png_bytes(image_grid(images[:32], titles)))

@@ -2,7 +2,7 @@
 
 
 # %% ../../nbs/practice/13_command.ipynb 29
-"Flags and files to settings. Nothing here loads PyTorch."
+"Settings from flags and files. Importing this module does not load PyTorch."
 import argparse
 import difflib
 from contextlib import suppress
@@ -26,9 +26,9 @@ from ddpo_scratch.trainer.presets import PRESETS, PROMPTS, REWARDS, make_config
 
 # %% ../../nbs/practice/13_command.ipynb 30
 def read_config(
-    path: str | Path,  # a YAML file, a setting a line
+    path: str | Path,  # a YAML file, one setting per line
 ) -> dict:             # fields of `TrainerConfig`
-    "Settings from a file. `ValueError` for what is no file of settings, with the nearest name."
+    "Read settings from a file. `ValueError` for an unknown name or a value out of range."
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -43,7 +43,7 @@ def read_config(
             hint = f" Did you mean {near[0]!r}?" if near else " `ddpo_train --help` lists them all."
             raise ValueError(f"{str(path)!r}: there is no setting {name!r}.{hint}")
         if isinstance(value, str) and float in (types[name], *get_args(types[name])):
-            # to YAML, 1e-4 is no number
+            # YAML reads 1e-4 as a string
             with suppress(ValueError): values[name] = float(value)
         values[name] = plain_value(name, values[name])
         try:
@@ -65,7 +65,7 @@ fast (a third of it if the reward jumps up and down, three times as much if it d
 def flags_type(
     defaults: SimpleNamespace,  # the fields of `TrainerConfig`
 ) -> type:  # a dataclass for tyro: preset, name, and a dataclass for each of `GROUPS`
-    "The fields of `TrainerConfig` in its groups, each with its help."
+    "Make the class of all flags: the fields of `TrainerConfig` in groups, each with its help."
     types = {field.name: field.type for field in fields(TrainerConfig)}
     meanings = {name: help_of(name) for name in types}
     def flag(name, kind, meaning, default):
@@ -90,22 +90,22 @@ def flags_type(
 
 # %% ../../nbs/practice/13_command.ipynb 32
 class Command(NamedTuple):
-    "What the flags ask for."
+    "The parsed flags."
     config: TrainerConfig
-    preset: str | None = None       # where it was found from the pipeline
+    preset: str | None = None       # only if it was inferred from the pipeline
     name: str | None = None         # of the run's folder
-    resume: Path | None = None      # the folder of a run that goes on
+    resume: Path | None = None      # the folder of the run to resume
     only_plan: bool = False
 
 
 def parse(
     argv: list[str],  # the command's arguments
 ) -> Command:
-    "Flags to configuration. `ValueError` for values that cannot be; tyro exits for unknown flags."
+    "Parse the flags. `ValueError` for invalid values; tyro exits for unknown flags."
     first = argparse.ArgumentParser("ddpo_train", add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "name", "resume", "pipeline"): first.add_argument(f"--{name}")
     followed = ("buffer_size", "min_count", "samples_per_prompt", "num_samples_per_epoch",
-                "lora_rank", "lora_from")  # by other settings
+                "lora_rank", "lora_from")  # defaults of other settings depend on them
     for name in followed:
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     given = {name: None if value == "None" else value
@@ -118,6 +118,8 @@ def parse(
         raise ValueError("a run that is resumed has its settings and its name: leave out --preset, "
                          "--config and --name.")
     if resume: file = Path(resume) / "config.yaml"
+    if resume and not file.is_file():
+        raise ValueError(f"there is no run in {resume!r}: it has no config.yaml.")
     changes = read_config(file) if file else {}
     if not resume:
         changes.update({name: int(value) if value.isdecimal() else value

@@ -2,7 +2,7 @@
 
 
 # %% ../../nbs/practice/13_command.ipynb 9
-"A run's folder: its name, what ran, and what has to stay the same when it is resumed."
+"A run's folder: its name, the record of what ran, and the checks before it is resumed."
 import hashlib
 import platform
 import re
@@ -31,10 +31,10 @@ from ddpo_scratch.trainer.processes import processes
 
 # %% ../../nbs/practice/13_command.ipynb 10
 def check_run_name(
-    name: str | None,  # None: one will be found
+    name: str | None,  # None: one is chosen later
     runs: Path,        # the folder of all runs
 ) -> None:
-    "`ValueError` for a name that is taken or is not a plain one; makes nothing."
+    "`ValueError` if the name is taken or is not a plain name; creates nothing."
     if name is None:
         return
     if Path(name).name != name or not name.strip() or name.startswith("."):
@@ -47,12 +47,12 @@ def check_run_name(
 
 def run_folder(
     config: TrainerConfig,
-    name: str | None,  # None: made of pipeline and reward, numbered
-    runs: Path,        # the folder of all runs; is made
+    name: str | None,  # None: pipeline, reward and a number
+    runs: Path,        # the folder of all runs; created if missing
 ) -> Path:             # new and empty
-    "Make the folder that a run will leave. `ValueError` where its name cannot be had."
+    "Create the folder of a new run. `ValueError` if the name is taken or is not a plain name."
     check_run_name(name, runs)
-    reward = re.sub(r"[^\w.-]+", "-", config.reward.strip())  # no colons or commas of a sum
+    reward = re.sub(r"[^\w.-]+", "-", config.reward.strip())  # without a sum's colons and commas
     stem = f"{Path(config.pipeline).name}-{reward[:60]}"
     for candidate in [name] if name else (f"{stem}-{number}" for number in count(1)):
         with suppress(FileExistsError):
@@ -68,14 +68,14 @@ def what_ran(
     reward_fn: Callable,
     eval_rewards: Mapping[str, Callable] = {},
 ) -> TrainerConfig:
-    "The configuration with the names of what was really passed, such as `__main__:redness`."
+    "The configuration, with the names of the objects that were passed, such as `__main__:redness`."
     def called(thing):
         while isinstance(thing, partial): thing = thing.func
         thing = thing if hasattr(thing, "__qualname__") else type(thing)
         return f"{thing.__module__}:{thing.__qualname__}"
     def named(reward_fn):
         if name := name_in_a_file(reward_fn): return name
-        for name in asked:  # one's own comes first: it may be a class of the library's
+        for name in asked:  # names from the flags come first: they may be the library's
             with suppress(ValueError):
                 if any(find_reward(name) is thing for thing in (reward_fn, type(reward_fn))):
                     return name
@@ -104,9 +104,9 @@ def what_ran(
 # %% ../../nbs/practice/13_command.ipynb 14
 def check_resumable(
     config: TrainerConfig,
-    folder: Path,        # of a run
+    folder: Path,        # of the run to resume
 ) -> None:
-    "`ValueError` where there is nothing to go on with, or other settings than the run's."
+    "`ValueError` if the run cannot go on, or if `config` has other settings than the run."
     begun = TrainerConfig(**read_config(folder / "config.yaml"))
     if not (folder / UNFINISHED).exists():
         if not checkpoints_in(folder / "checkpoints"):
@@ -120,10 +120,10 @@ def check_resumable(
 
 def check_unchanged(
     config: TrainerConfig,
-    begun: TrainerConfig,  # what the run began with
+    begun: TrainerConfig,  # the settings that the run began with
     folder: Path,       # of the run
 ) -> None:
-    "`ValueError` with all differences that change what is learnt; `num_epochs` may grow."
+    "`ValueError` with all settings that differ and must not; `num_epochs` may grow."
     changed = [
         f"{name} was {old!r} and is {new!r}" for name, old, new in differences(begun, config)
         if (new < old if name == "num_epochs" else name not in MAY_CHANGE)]
@@ -138,18 +138,18 @@ def differences(
     begun: TrainerConfig,
     config: TrainerConfig,
 ) -> list[tuple]:  # name, before, now
-    "Of two configurations."
+    "The settings that differ between two configurations."
     return [(name, old, new) for (name, old), new in zip(
         asdict(begun).items(), asdict(config).values()) if new != old]
 
 
 def with_notes(
     config: TrainerConfig,
-    begun: TrainerConfig,  # what the run began with, or went on with
+    begun: TrainerConfig,  # the settings so far
     folder: Path,       # of the run
-    epoch: int,         # from which on the new settings count
+    epoch: int,         # the first with the new settings
 ) -> str:
-    "For config.yaml: the settings, and in comments what has been changed on the way."
+    "The text of config.yaml: the settings, and a comment for each that changed during the run."
     notes = re.findall("^# .*$", (folder / "config.yaml").read_text("utf-8"), re.M)
     notes += [f"# from epoch {epoch} on: {name} {new!r}, before {old!r}"
               for name, old, new in differences(begun, config)]
@@ -159,16 +159,16 @@ def with_notes(
 def fingerprint(
     unet: torch.nn.Module,
 ) -> str:
-    "Tells a network from another, or from itself after training: SHA-256 of parts of its weights."
+    "SHA-256 of the first 64 values of each weight tensor; it changes when the network is trained."
     parts = torch.cat([weight.detach().flatten()[:64].float() for weight in unet.parameters()])
     return hashlib.sha256(parts.cpu().numpy().tobytes()).hexdigest()
 
 
 def check_base(
-    base: str,     # of `fingerprint`
-    folder: Path,  # of the run that goes on
+    base: str,     # from `fingerprint`
+    folder: Path,  # of the run to resume
 ) -> None:
-    "`ValueError` where the UNet is not the one that the run began with."
+    "`ValueError` if `base` is not the fingerprint of the UNet that the run began with."
     try:
         begun = yaml.safe_load((folder / "versions.yaml").read_text("utf-8"))["untrained_unet"]
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
@@ -184,7 +184,7 @@ def as_yaml(values: dict) -> str:
 
 
 def versions() -> dict:
-    "What the run is made with: packages, Python, the machine, the revision of the code around."
+    "Versions of Python and of packages, the platform, the GPU, and the git revision."
     packages = ("ddpo_scratch", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in packages:
@@ -202,10 +202,10 @@ UNFINISHED = "UNFINISHED.txt"
 
 @contextmanager
 def unfinished_until_the_end(
-    folder: Path,  # is made; must hold nothing yet, unless a run is resumed
+    folder: Path,  # created if missing; must be empty, unless a run is resumed
     resume: bool,
 ):
-    "A note in the folder that goes away if all goes well."
+    "Lock the folder and keep a note in it, which is deleted if the run completes."
     if not processes().is_main_process:
         yield
         return
@@ -231,13 +231,13 @@ def unfinished_until_the_end(
     else:
         note.unlink(missing_ok=True)
     finally:
-        lock.release()  # the file stays: whoever waits for it holds the same one
+        lock.release()  # the file stays: all processes must lock the same one
 
 
 def newest(
     folder: Path,
 ) -> str:
-    "What there is to go on with, in a sentence."
+    "A sentence: the newest checkpoint, and the command that resumes the run."
     checkpoints = checkpoints_in(folder / "checkpoints")
     if not checkpoints:
         return ("No checkpoint was written, and the fine-tuned weights are not saved; to begin "
@@ -250,7 +250,7 @@ def newest(
 def kept(
     folder: Path,
 ) -> str:
-    "What an unfinished run leaves, in a sentence or two."
+    "A message: what the folder of a run that was interrupted contains."
     if not folder.is_dir():
         return f"{folder} is gone."
     names = sorted(path.name for path in folder.iterdir()

@@ -13,14 +13,14 @@ from ddpo_scratch.trainer.config import TrainerConfig
 
 # %% ../../nbs/practice/13_command.ipynb 25
 class Log:
-    "Metrics and pictures to what `log_with` names; nothing where it names nothing."
+    "Logs metrics and images to the tracker that `log_with` names; does nothing if it is None."
 
     def __init__(
         self,
         config: TrainerConfig,  # as it ran
         folder: Path,        # gets tensorboard/ or wandb/
         run_id: str,         # the same when a run is resumed
-        done: int,           # epochs, before; what is there of later ones does not count
+        done: int,           # epochs finished; TensorBoard discards entries of later ones
     ):
         self.tracker, self.form = None, {}
         if config.log_with is None:

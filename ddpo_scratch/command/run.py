@@ -2,7 +2,7 @@
 
 
 # %% ../../nbs/practice/13_command.ipynb 18
-"A run: evaluate, train, evaluate again, and leave everything in a folder."
+"A run: evaluate, train, evaluate again, and save the results in a folder."
 import inspect
 import secrets
 from collections.abc import Callable, Mapping
@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from ddpo_scratch.checks import check_reward_fn
 from ddpo_scratch.command.card import make_repo, model_card, upload, without_folders
 from ddpo_scratch.command.figures import (
     csv_text,
@@ -60,12 +59,18 @@ from ddpo_scratch.trainer.policy import Ruined
 from ddpo_scratch.trainer.precision import arithmetic, in_its_own_type, on_the_cpu
 from ddpo_scratch.trainer.processes import from_the_first, gathered, print_once
 from ddpo_scratch.trainer.rollout import sampling_batches
-from ddpo_scratch.trainer.trainer import DDPOTrainer, TrainingState, check_run, policy_of
+from ddpo_scratch.trainer.trainer import (
+    DDPOTrainer,
+    TrainingState,
+    check_rewards_of,
+    check_run,
+    policy_of,
+)
 from ddpo_scratch.training import EVALUATION, noise_sources
 
 # %% ../../nbs/practice/13_command.ipynb 19
 class Progress:
-    "The first six different prompts, drawn from the same noise before training and on the way."
+    "Images for the first six different prompts, from the same noise, before and during training."
 
     def __init__(
         self,
@@ -73,39 +78,39 @@ class Progress:
         pipe: DiffusionPipeline,
         prompts: list[str],
         folder: Path,           # gets progress.png and progress.gif
-        looks: dict[str, torch.Tensor],  # pictures by title; of a run that is resumed, its own
-        count: int = 8,         # looks after the first, at most
+        images: dict[str, torch.Tensor],  # earlier images, by title; empty for a new run
+        count: int = 8,         # evaluations after the first, at most
     ):
-        self.config, self.pipe, self.folder, self.looks = config, pipe, folder, looks
+        self.config, self.pipe, self.folder, self.images = config, pipe, folder, images
         self.prompts = list(dict.fromkeys(prompts))[:6]
         self.shown = {round(config.num_epochs * k / count) for k in range(1, count + 1)}
-        self.frames = [strip_frame(images.numpy(), title, self.prompts)
-                       for title, images in looks.items()]
+        self.frames = [strip_frame(drawn.numpy(), title, self.prompts)
+                       for title, drawn in images.items()]
 
-    def look(self, title: str) -> None:
+    def draw(self, title: str) -> None:
         images, _ = evaluate(self.config, self.pipe, self.prompts, no_reward)
-        self.looks[title] = torch.from_numpy(images)
-        columns = [images.numpy() for images in self.looks.values()]
-        strip = progress_strip(columns, list(self.looks), self.prompts)
+        self.images[title] = torch.from_numpy(images)
+        columns = [images.numpy() for images in self.images.values()]
+        strip = progress_strip(columns, list(self.images), self.prompts)
         write_file(self.folder / "progress.png", png_bytes(strip))
         self.frames.append(strip_frame(columns[-1], title, self.prompts))
         write_file(self.folder / "progress.gif", gif_bytes(self.frames))
 
     def after(self, epoch: int) -> None:
         if epoch in self.shown:
-            self.look(f"epoch {epoch}")
+            self.draw(f"epoch {epoch}")
 
 # %% ../../nbs/practice/13_command.ipynb 20
 def plain_reward(
     config: TrainerConfig,
     pipe: DiffusionPipeline,
-    prompts: list[str],   # the first 64 of them are drawn
+    prompts: list[str],   # only the first 64 are used
     reward_fn: Callable,  # (images, prompts) → one number each
 ) -> float:               # mean
-    "The reward of what `pipe(prompt)` draws by itself, each prompt always from the same noise."
+    "Mean reward of images from the pipeline's own call, each prompt always from the same noise."
     rewards, bar, family = [], getattr(pipe, "_progress_bar_config", {}), family_of(pipe)
     network, (height, width) = network_of(pipe), config.sides
-    guides = family.guides and config.cfg <= 1  # which doubles the rows
+    guides = family.guides and config.cfg <= 1  # then the call doubles the batch
     at_a_time = -(-config.sample_batch_size // (1 + guides))
     batches = [batch for batch in sampling_batches(len(prompts[:64]), at_a_time) if len(batch)]
     pipe.set_progress_bar_config(disable=True)
@@ -127,32 +132,32 @@ def plain_reward(
     return torch.cat(gathered(rewards)).mean().item()
 
 
-def first_look(
+def evaluate_before(
     config: TrainerConfig,
     pipe: DiffusionPipeline,
     prompt_fn: Callable[[], str],
     reward_fn: Callable,
     eval_rewards: Mapping[str, Callable],
     folder: Path,    # gets before.png
-) -> dict:           # what a run has to remember, plain values
-    "The untrained model, judged."
+) -> dict:           # the run's record, saved with each checkpoint
+    "Evaluate the untrained model and save its images."
     prompts = fresh_prompts(config, prompt_fn)
     images, before = all_scores(config, pipe, prompts, reward_fn, eval_rewards)
     save_pictures(folder / "before.png", prompts, images, before["reward"])
-    return {"prompts": prompts, "before": before, "looks": {},
+    return {"prompts": prompts, "before": before, "progress": {},
             "plain": plain_reward(config, pipe, prompts, reward_fn),
             "config": asdict(config), "id": secrets.token_hex(4)}
 
 
-def last_look(
+def evaluate_after(
     config: TrainerConfig,
     pipe: DiffusionPipeline,
     reward_fn: Callable,
     eval_rewards: Mapping[str, Callable],
     folder: Path,    # gets after.png and evaluation.csv
-    run: dict,       # of `first_look`
+    run: dict,       # from `evaluate_before`
 ) -> str:            # the verdict
-    "The trained model, judged on the same prompts and noise; prints the verdict."
+    "Evaluate the trained model on the same prompts and noise; print and return the verdict."
     prompts, before = run["prompts"], run["before"]
     images, after = all_scores(config, pipe, prompts, reward_fn, eval_rewards)
     lines = [verdict(before["reward"], after["reward"])]
@@ -181,7 +186,7 @@ def save_what_is_done(
     state: TrainingState,
     save: Callable[[], Path],
 ) -> None:
-    "A checkpoint, if a batch is done. The error under way is worth more than one in saving."
+    "Save a checkpoint if a batch is done; an error in saving is printed and not raised."
     begun = state.history or state.rollout.samples or state.rollout.updates
     if not (state.is_whole and begun): return
     try:
@@ -195,17 +200,17 @@ def run_training(
     pipe: DiffusionPipeline,     # its UNet is trained in place
     prompt_fn: Callable[[], str],
     reward_fn: Callable,               # (images, prompts) → one number each
-    folder: str | Path,                # new or empty, and is made; or, to resume, the run's
-    resume: bool = False,              # whether to go on from the newest checkpoint there
+    folder: str | Path,                # new or empty; with `resume`, the run's
+    resume: bool = False,              # whether to continue from the newest checkpoint
     eval_rewards: Mapping[str, Callable] | None = None,  # None: those that `config` names
 ) -> None:
-    """Evaluate, train, evaluate again; leave everything in `folder`.
+    """Evaluate, train, evaluate again; save the results in `folder`.
 
-    On Ctrl-C or SIGTERM, a checkpoint after the batch under way, and `Stopped`, which is a
-    `KeyboardInterrupt`. On an error, a checkpoint of what is done, and the error."""
+    On Ctrl-C or SIGTERM, it finishes the batch, saves a checkpoint and raises `Stopped`, which is a
+    `KeyboardInterrupt`. On an error other than `Ruined`, it saves a checkpoint and re-raises."""
     check_run(config, pipe)
     if eval_rewards is None: eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
-    for fn in (reward_fn, *eval_rewards.values()): check_reward_fn(fn)
+    check_rewards_of(reward_fn, eval_rewards)
     if config.push_to_hub: from_the_first(lambda: make_repo(config.push_to_hub))
     folder = Path(folder)
     config = what_ran(config, pipe, prompt_fn, reward_fn, eval_rewards)
@@ -223,7 +228,7 @@ def run_training(
             run = load_checkpoint(checkpoint, pipe, state)
             check_unchanged(config, TrainerConfig(**run["config"]), folder)
             changed = {name for name, *_ in differences(TrainerConfig(**run["config"]), config)}
-            if changed & {*MAY_CHANGE}:  # it is measured anew
+            if changed & {*MAY_CHANGE}:  # it is measured again
                 state.micro_batch_size = config.micro_batch_size
             print_once(f"going on from {checkpoint}")
         if resume:
@@ -231,10 +236,10 @@ def run_training(
             text = with_notes(config, begun, folder, len(state.history) + 1)
             write_file(folder / "config.yaml", text)
         if not checkpoint:
-            run = first_look(config, pipe, prompt_fn, reward_fn, eval_rewards, folder)
+            run = evaluate_before(config, pipe, prompt_fn, reward_fn, eval_rewards, folder)
         run["config"] = asdict(config)
-        progress = Progress(config, pipe, run["prompts"], folder, run["looks"])
-        if not run["looks"]: progress.look("before")
+        progress = Progress(config, pipe, run["prompts"], folder, run["progress"])
+        if not run["progress"]: progress.draw("before")
 
         keep = config.checkpoints_total_limit
         save = partial(save_checkpoint, folder / "checkpoints", keep, pipe, state, run)
@@ -243,7 +248,7 @@ def run_training(
             curve = reward_curve(state.history, without_folders(config.reward))
             write_file(folder / "reward_curve.png", png_bytes(curve))
             progress.after(row["epoch"])
-            log.epoch(row, run["looks"].get(f"epoch {row['epoch']}"))
+            log.epoch(row, run["progress"].get(f"epoch {row['epoch']}"))
             if row["epoch"] % config.save_every == 0 or row["epoch"] == config.num_epochs: save()
         log = Log(config, folder, run["id"], len(state.history))
         with closing(log), stop_after_a_batch() as on_batch:
@@ -256,18 +261,18 @@ def run_training(
                 raise
             except Ruined:
                 raise
-            except Exception:  # a reward's server that is gone, a GPU that is full
+            except Exception:  # such as a reward's server that is gone, a full GPU
                 save_what_is_done(state, partial(
                     save_checkpoint, folder / "checkpoints", keep + 1, pipe, state, run))
                 raise
-        line = last_look(config, pipe, reward_fn, eval_rewards, folder, run)
+        line = evaluate_after(config, pipe, reward_fn, eval_rewards, folder, run)
         has_adapter = bool(adapters_of(network_of(pipe)))
         card = model_card(config, pipe, run, line, has_adapter)
         curve = png_bytes(reward_curve(state.history, without_folders(config.reward)))
         save_trained(pipe, folder, {"README.md": card.encode(), "reward_curve.png": curve})
         remove_old(folder / "checkpoints", 1)
     if not has_adapter:
-        pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # what it is now
+        pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # its source from now on
     print_once(f"curve, pictures and what was trained are in {folder}")
     if config.push_to_hub:
         print_once(f"uploaded: {from_the_first(lambda: upload(folder, config.push_to_hub))}")

@@ -2,7 +2,7 @@
 
 
 # %% ../../nbs/practice/22_models.ipynb 5
-"What a network is told about prompts."
+"The conditioning of a network: its arguments for a batch of prompts."
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,33 +11,33 @@ from torch.utils._pytree import tree_leaves, tree_map
 # %% ../../nbs/practice/22_models.ipynb 6
 @dataclass(frozen=True)
 class Conditioning:
-    "What a network is told about B prompts."
-    rows: dict     # its arguments, tensors of [B, …]; guided [2B, …], the empty prompt's first
-    guided: bool   # whether there are rows for the empty prompt
+    "The network's keyword arguments for B prompts."
+    rows: dict     # tensors of [B, …]; guided: [2B, …], first those of the empty prompt
+    guided: bool   # whether the first half of the rows is for the empty prompt
 
     def __len__(self) -> int:
         return len(tree_leaves(self.rows)[0]) // (1 + self.guided)
 
     def to(self, place: str | torch.device | torch.dtype) -> "Conditioning":
-        "The same on a device, or in a floating-point type."
+        "The same conditioning on a device, or in another floating-point type."
         return replace(self, rows=tree_map(lambda x: x.to(place), self.rows))
 
     def __getitem__(self, samples: list[int] | slice | torch.Tensor) -> "Conditioning":
-        "That of some of the samples."
+        "The conditioning of some of the samples."
         def of(x): return torch.cat([half[samples] for half in x.chunk(1 + self.guided)])
         return replace(self, rows=tree_map(of, self.rows))
 
     def halves(self) -> tuple["Conditioning", "Conditioning"]:
-        "Of a guided one: that of the empty prompts, and that of the prompts."
+        "Split a guided conditioning: that of the empty prompts, and that of the prompts."
         return tuple(Conditioning(tree_map(lambda x: x.chunk(2)[half], self.rows), False)
                      for half in (0, 1))
 
     @staticmethod
     def joined(parts: list["Conditioning"]) -> "Conditioning":
-        "That of the samples of several, which are not guided."
+        "Concatenate the samples of several unguided conditionings."
         return Conditioning(tree_map(lambda *xs: torch.cat(xs), *(part.rows for part in parts)),
                             False)
 
     def guided_by(self, empty: "Conditioning") -> "Conditioning":
-        "With rows for the empty prompt, of which one is given, before those of the prompts."
+        "A guided conditioning: the one row of `empty`, repeated, before the rows of the prompts."
         return replace(Conditioning.joined([*[empty] * len(self), self]), guided=True)

@@ -13,9 +13,9 @@ from ddpo_scratch.sampling import Schedule
 # %% ../../nbs/practice/22_models.ipynb 30
 def shift_of(
     scheduler: SchedulerMixin,
-    patches: int,   # of a latent
-) -> float | None:  # None: it does not depend on the size
-    "μ: how much longer sampling of a larger image stays at high noise."
+    patches: int,   # number of patches of a latent
+) -> float | None:  # None: the shift does not depend on the size
+    "The shift μ, which makes sampling of a larger image stay at high noise for longer."
     config = scheduler.config
     if not config.get("use_dynamic_shifting"): return None
     low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -24,13 +24,13 @@ def shift_of(
 
 
 def flow_schedule(
-    scheduler: SchedulerMixin,           # a flow model's; its noise levels are taken as they are
+    scheduler: SchedulerMixin,           # of a flow model; sets the noise levels
     num_inference_steps: int,            # T
     a: float,                            # noise of a step, above 0
-    sigmas: tuple[float, ...] | None = None,  # levels before they are shifted; None: its own
+    sigmas: tuple[float, ...] | None = None,  # levels before the shift; None: its own
     mu: float | None = None,             # from `shift_of`
 ) -> Schedule:                            # float32, on the CPU
-    "The stochastic sampling of Flow-GRPO (Liu et al. 2025) as weights of x̂_0 and ε̂."
+    "The table of Flow-GRPO's stochastic sampling (Liu et al. 2025): weights of x̂_0 and ε̂."
     asked = dict(sigmas=sigmas and list(sigmas), mu=mu)
     scheduler.set_timesteps(
         num_inference_steps, **{name: value for name, value in asked.items() if value is not None})
@@ -40,7 +40,7 @@ def flow_schedule(
         raise ValueError(f"the noise levels of {type(scheduler).__name__} do not fall from at most "
                          f"1 to 0 in {num_inference_steps} steps, but are {levels.tolist()}.")
     room = 1 - t
-    if t[0] > 0.99: room[0] = 1 - after[0]  # σ_t has no bound there
+    if t[0] > 0.99: room[0] = 1 - after[0]  # σ_t diverges at t = 1
     variance = a**2 * t / room
     tables = (1 - t, t, 1 - after, after - variance * (t - after) / (2 * t),
               (variance * (t - after)).sqrt())
@@ -49,14 +49,14 @@ def flow_schedule(
 # %% ../../nbs/practice/22_models.ipynb 31
 def warn_of_much_noise(
     a: float,            # noise of a step
-    schedule: Schedule,  # its tables
+    schedule: Schedule,  # from `flow_schedule`, with this noise
 ) -> None:
-    """A warning where a step leaves twice the noise of the level that it goes to, and much of it.
+    """Warn where a step leaves at least twice the noise of the level after it, and 0.4 in excess.
 
-    With A = a² a step's ε̂ has the weight t' − cA, and its own noise the variance dA."""
+    With A = a², the weight of ε̂ in a step is t' − cA, and the variance of its own noise is dA."""
     level = 1 - schedule.x_0_weight
     c, d = (level - schedule.noise_weight) / a**2, schedule.std**2 / a**2
-    excess = (3**0.5 * level).clamp(min=0.4)  # the rest is noise that the level should have
+    excess = (3**0.5 * level).clamp(min=0.4)  # tolerated noise beyond the level's own
     b = d - 2 * c * level
     most = ((-b + (b**2 + 4 * c**2 * excess**2).sqrt()) / (2 * c**2)).min().sqrt()
     if a > most:

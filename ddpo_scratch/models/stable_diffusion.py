@@ -2,68 +2,68 @@
 
 
 # %% ../../nbs/practice/22_models.ipynb 8
-"Stable Diffusion 1 and 2, and what a family has to know."
+"Stable Diffusion 1 and 2, and the interface of a model family."
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
 # %% ../../nbs/practice/22_models.ipynb 9
 POOLED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
-          "negative_pooled_prompt_embeds")  # as XL and 3 return them
+          "negative_pooled_prompt_embeds")  # in the order in which XL and 3 return them
 
 
 class StableDiffusion:
-    "Stable Diffusion 1 and 2; and what holds for the other families unless they say otherwise."
+    "Stable Diffusion 1 and 2; the base class of the other families."
     pipeline = StableDiffusionPipeline
-    network, network_class = "unet", UNet2DConditionModel  # the pipeline's part that is trained
-    flow = False      # whether it has a flow model's scheduler always
-    guides = True     # a guidance scale above 1 asks the network twice, with the prompt and without
-    patch = 1         # latents' height and width are multiples of it
-    packed = 1        # the network has so many times the latents' channels
-    spared = (("safety_checker",), ("feature_extractor",))  # parts it can do without, each alone
+    network, network_class = "unet", UNet2DConditionModel  # the trained part: its name and class
+    flow = False      # whether its scheduler is always a flow model's
+    guides = True     # a guidance scale above 1 calls the network with the prompt and without
+    patch = 1         # height and width of latents must be multiples of it
+    packed = 1        # the network's channels divided by the latents' channels
+    spared = (("safety_checker",), ("feature_extractor",))  # groups of parts, each of them optional
 
     def loading(self, found: dict) -> dict:
-        "Arguments for `from_pretrained`, given what model_index.json says."
+        "Extra arguments for `from_pretrained`; `found` is the content of model_index.json."
         return dict(safety_checker=None, requires_safety_checker=False)
 
     def reads(self, pipe: DiffusionPipeline) -> tuple:
-        "The tokenizer that reads furthest, and how many tokens."
+        "The tokenizer with the highest limit on a prompt's length, and that limit in tokens."
         return pipe.tokenizer, pipe.tokenizer.model_max_length
 
     def takes_guidance(self, pipe: DiffusionPipeline) -> bool:
         return True
 
     def calling(self, pipe: DiffusionPipeline) -> dict:
-        "What the pipeline's own call has to be told beside the usual."
+        "Extra arguments for the pipeline's own `__call__`."
         return {}
 
     def encode(self, pipe, prompts: list[str], guidance_scale: float) -> list[dict]:
-        "The network's arguments for the prompts; before them, with guidance, for none."
+        "The network's arguments for the prompts; with guidance, for empty prompts before them."
         found = self.embeddings(pipe, prompts, guidance_scale > 1)
         halves = [found["negative_prompt_embeds"], found["prompt_embeds"]]
         return [dict(encoder_hidden_states=words) for words in halves if words is not None]
 
     def embeddings(self, pipe, prompts: list[str], guided: bool) -> dict:
-        "What the text encoders make of prompts, by the names that the pipeline's own call has."
+        "Embeddings of the prompts, named like the arguments of the pipeline's own `__call__`."
         found = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, guided)
         return dict(zip(("prompt_embeds", "negative_prompt_embeds"), found))
 
     def halves(self, pipe, prompts: list[str], guided: bool) -> list[tuple]:
-        "Of families with pooled words, both: with guidance of none, and of the prompts."
+        "Pairs of token and pooled embeddings: with guidance of empty prompts, then of the prompts."
         given, without, pooled, pooled_without = self.embeddings(pipe, prompts, guided).values()
         return [(without, pooled_without)] * guided + [(given, pooled)]
 
     def ask(self, factor: int, network, x, t, rows: dict) -> torch.Tensor:
-        "The network's output; a latent's value stands for factor × factor pixels."
+        "Call the network and return its output; a latent value covers factor × factor pixels."
         return network(x, t, **rows).sample
 
     def blank(self, config, count: int, tokens: int) -> dict:
-        "Rows of zeros for a network of that configuration, and so many tokens of CLIP's."
+        "Arguments of zeros for a network of this config: `count` rows, `tokens` CLIP tokens."
         return dict(encoder_hidden_states=torch.zeros(count, tokens, config.cross_attention_dim))
 
     def unpacked(self, latents, height: int, width: int) -> torch.Tensor:
-        "Latents as the pipeline's own call returns them, as [B, C, h, w]."
+        "Reshape latents that the pipeline's own call returned to [B, C, h, w]."
         return latents
 
     def sigmas(self, steps: int) -> tuple[float, ...] | None:
-        "A flow model's noise levels before they are shifted; None: the scheduler's own."
+        "A flow model's noise levels before the shift; None: the scheduler's own levels."
         return None

@@ -15,7 +15,7 @@ class StableDiffusion3(StableDiffusion):
     network, network_class = "transformer", SD3Transformer2DModel
     spared = (("text_encoder_3", "tokenizer_3"),)
 
-    def loading(self, found):  # of a folder saved without T5, diffusers wants to be told so
+    def loading(self, found):  # names the parts of T5 that a saved folder lacks
         return {name: None for name in self.spared[0]
                 if not any(found.get(name) or [None])}
 

@@ -10,7 +10,7 @@ from ddpo_scratch.models.stable_diffusion import POOLED, StableDiffusion
 
 # %% ../../nbs/practice/22_models.ipynb 12
 class StableDiffusionXL(StableDiffusion):
-    "Stable Diffusion XL, its base model."
+    "Stable Diffusion XL (base model)."
     pipeline, spared = StableDiffusionXLPipeline, ()
 
     def loading(self, found):
@@ -26,7 +26,7 @@ class StableDiffusionXL(StableDiffusion):
 
     def ask(self, factor, network, x, t, rows):
         height, width = (factor * side for side in x.shape[-2:])
-        sizes = (height, width, 0, 0, height, width)  # as if cut from a picture of its own size
+        sizes = (height, width, 0, 0, height, width)  # original size, crop, target size
         time_ids = torch.stack([x.new_full((len(x),), size, dtype=torch.float32)
                                 for size in sizes], 1)
         added = rows["added_cond_kwargs"] | dict(time_ids=time_ids)

@@ -220,6 +220,8 @@ def check_policy(
 ) -> None:
     "`TypeError` or `ValueError` for a policy that cannot sample."
     check_pipe(policy.pipe)
+    if not isinstance(policy.size, tuple) or len(policy.size) != 2:
+        raise TypeError(f"size is height and width of an image, (512, 512), not {policy.size!r}.")
     check_steps(policy.guidance_scale, policy.steps, policy.eta)
     if policy.guidance_scale > 1 and not policy.family.takes_guidance(policy.pipe):
         raise ValueError(f"guidance_scale is {policy.guidance_scale}, and this model takes none "

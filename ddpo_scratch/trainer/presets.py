@@ -2,6 +2,7 @@
 
 
 # %% ../../nbs/practice/14_config.ipynb 14
+import difflib
 import os
 import random
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from ddpo_scratch.trainer.config import LORA_TARGETS, TrainerConfig
 
 # %% ../../nbs/practice/14_config.ipynb 15
 class PromptFile:
-    "Draws prompts from a text file, one a line; blank lines and those with a # first are skipped."
+    "Draws prompts from a text file, one per line; skips blank lines and those that begin with #."
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ PROMPTS: dict[str, Callable[[], str]] = {fn.__name__: fn for fn in (
     imagenet_animal_prompts, common_animal_prompts, emoji_animal_prompts,
     emoji_common_animal_prompts)}
 
-REWARDS = {  # where each is found
+REWARDS = {  # the class of each
     "aesthetic": "ddpo_scratch.rewards:AestheticReward",
     "animal": "ddpo_scratch.animals:AnimalReward",
     "clip_score": "ddpo_scratch.scorers.scorers:CLIPScore",
@@ -85,9 +86,13 @@ PRESETS["flux"] = replace(
 def make_prompt_fn(
     name: str,           # a key of `PROMPTS`, or a text file with one prompt a line
 ) -> Callable[[], str]:  # draws a prompt
-    "The prompt function called `name`. `ValueError` with the known ones if there is none."
+    "The prompt function of this name. `ValueError` with the known names if there is none."
     if name in PROMPTS:
         return PROMPTS[name]
+    if ":" in name or name.endswith(".py"):
+        raise ValueError(f"prompts {name!r}: here a known name or a text file is wanted. Pass a "
+                         "function of your own to run_training; a run that was started so is "
+                         "resumed by run_training(…, resume=True).")
     if Path(name).suffix or Path(name).name != name or Path(name).exists():
         return PromptFile(name)
     raise ValueError(f"unknown prompt function {name!r}. Known: {', '.join(sorted(PROMPTS))}; or a "
@@ -96,11 +101,16 @@ def make_prompt_fn(
 
 def make_config(
     preset: str,  # a key of `PRESETS`
-    **changes,    # fields of `TrainerConfig` that shall differ; buffer_size or min_count will do
+    **changes,    # fields to change; of buffer_size and min_count, one is enough
 ) -> TrainerConfig:
     "A preset with changes. `ValueError` with the known presets if there is none of that name."
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}. Known: {', '.join(sorted(PRESETS))}.")
+    known = TrainerConfig.__dataclass_fields__
+    for name in changes.keys() - known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no setting {name!r}.{hint}")
     if changes.get("lora_from"):
         from ddpo_scratch.trainer.lora import adapter_settings  # here: it loads PyTorch
         changes = adapter_settings(changes["lora_from"]) | changes

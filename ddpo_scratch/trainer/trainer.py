@@ -85,6 +85,17 @@ def policy_of(
                   config.mixed_precision)
 
 
+def check_rewards_of(
+    reward_fn: Callable,
+    eval_rewards: Mapping[str, Callable],
+) -> None:
+    "`TypeError` if one cannot be called with images and prompts."
+    if not isinstance(eval_rewards, Mapping):
+        raise TypeError("eval_rewards is a dict from names to functions, not a "
+                        f"{type(eval_rewards).__name__}.")
+    for fn in (reward_fn, *eval_rewards.values()): check_reward_fn(fn)
+
+
 def check_run(
     config: TrainerConfig,
     pipe: DiffusionPipeline,
@@ -209,7 +220,11 @@ def summary(
 
 # %% ../../nbs/practice/18_trainer.ipynb 13
 class DDPOTrainer:
-    "Trains a pipeline with DDPO (Black et al. 2023, DDPO-IS)."
+    """Trains a pipeline with DDPO (Black et al. 2023, DDPO-IS).
+
+    The constructor adds the LoRA adapter that `config` describes. It ignores the names in `config`
+    (pipeline, prompts, reward, eval_rewards) and uses its arguments. It writes no files: see
+    `run_training`, or `pipe.save_pretrained` and `save_lora`."""
 
     def __init__(
         self,
@@ -220,7 +235,10 @@ class DDPOTrainer:
         eval_rewards: Mapping[str, Callable] = {},  # of the images, too; watched, not trained on
         state: TrainingState | None = None,         # where to go on; None: at the beginning
     ):
-        for fn in (reward_fn, *eval_rewards.values()): check_reward_fn(fn)
+        if not isinstance(config, TrainerConfig):
+            raise TypeError(f"config is a TrainerConfig, such as make_config('blog'), not a "
+                            f"{type(config).__name__}.")
+        check_rewards_of(reward_fn, eval_rewards)
         self.config, self.pipe, self.reward_fn = config, pipe, reward_fn
         self.eval_rewards, self.policy = eval_rewards, policy_of(config, pipe)
         self.state = TrainingState(config, pipe) if state is None else state

@@ -2,7 +2,7 @@
 
 
 # %% ../../nbs/practice/28_plan.ipynb 26
-"A preset at full size with random weights, once through everything that a run does."
+"Sample and train one step of a preset at full size, with random weights."
 import sys
 import time
 from dataclasses import replace
@@ -24,7 +24,7 @@ from ddpo_scratch.trainer.trainer import TrainingState, policy_of
 def full_size(
     config: TrainerConfig,  # its pipeline is one of `SHIPPED`
 ) -> DiffusionPipeline:
-    "The pipeline with random weights, the embedded model's tokenizer, and no T5."
+    "A pipeline with random weights, with the embedded model's tokenizer and without T5."
     embedded, made = load_pipeline("emoji", "cpu"), SHIPPED[config.pipeline]
     with torch.device(config.device):
         parts = {made.family.network: build(made.family.network_class, made.network, config),
@@ -45,8 +45,8 @@ def full_size(
 
 
 def peak_memory() -> int:
-    "The most that this process has taken until now, bytes."
-    import resource  # which Windows does not have
+    "The peak memory of this process until now, in bytes."
+    import resource  # not on Windows
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -56,7 +56,7 @@ def rehearse(
     img_size: int | None = None,  # pixels; None: the preset's
     device: str = "cpu",
 ) -> None:
-    "Two steps of sampling, one of training, at full size: what they take, and whether they work."
+    "Make two sampling steps and one training step at full size; print their time and memory."
     start = time.perf_counter()
     def took(what):
         seconds, peak = time.perf_counter() - start, peak_memory() / 1e9

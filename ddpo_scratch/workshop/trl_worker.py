@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from trl import DDPOTrainer, DefaultDDPOStableDiffusionPipeline, TrainerConfig
 
-PartialState(cpu=True)  # its logger wants to know
+PartialState(cpu=True)  # required by its logger
 
 work = json.loads(sys.argv[1])
 draw, seconds = random.Random(0), {}

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -282,7 +283,9 @@ def guidance():
 
 def named():
     "Three pictures of every animal, guided, in 50 steps: the share that is right; chapter 30."
-    return [{"right": round(named_right(load_pipeline("emoji", "cpu"), judge), 4)}]
+    versions = {"first": "emoji", "second": files("ddpo_scratch") / "emoji_next"}
+    return [{"version": version, "right": round(named_right(load_pipeline(name, "cpu"), judge), 4)}
+            for version, name in versions.items()]
 
 
 def ground_of(images):
