@@ -220,7 +220,7 @@ def test_a_run_may_grow_and_change_in_no_other_way():
         with pytest.raises(ValueError, match="its end, after 2 epochs.*--num_epochs"): parse(flags)
         with pytest.raises(ValueError, match="num_epochs was 2 and is 1.*num_epochs may grow"):
             parse([*flags, "--num_epochs", "1"])
-        with pytest.raises(ValueError, match="lr was 0.00013 and is 1.0; cfg was 1.0 and is 3.0"):
+        with pytest.raises(ValueError, match="lr was 6e-05 and is 1.0; cfg was 1.0 and is 3.0"):
             parse([*flags, "--num_epochs", "4", "--lr", "1", "--cfg", "3"])
         with pytest.raises(ValueError, match="seed was 0 and is 1"):
             run(short, True, num_epochs=4, seed=1)

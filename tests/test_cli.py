@@ -195,15 +195,15 @@ def test_a_size_that_cannot_be_meant_is_refused():
 def test_an_adapter_has_a_learning_rate_of_its_own(tmp_path):
     "Where none is given: of ddpo-pytorch and TRL, and ten times as much for the embedded model."
     for flags, lr in (("--preset blog", 5e-6), ("--preset blog --lora_rank 16", 3e-4),
-                      ("--preset blog --lora-rank=16 --lr 1e-5", 1e-5), ("", 1.3e-4),
-                      ("--lora_rank 8", 1e-3), ("--preset sdxl --lora_rank 64", 3e-4)):
+                      ("--preset blog --lora-rank=16 --lr 1e-5", 1e-5), ("", 6e-5),
+                      ("--lora_rank 8", 5e-4), ("--preset sdxl --lora_rank 64", 3e-4)):
         assert parse(flags.split()).config.lr == lr, flags
     assert TrainerConfig().lr == 5e-6 and TrainerConfig(lora_rank=2).lr == 3e-4
-    assert make_config("emoji", lora_rank=8).lr == 1e-3
+    assert make_config("emoji", lora_rank=8).lr == 5e-4
     whole = parse("--preset sd35 --lora_rank 0".split()).config
     assert (whole.lr, whole.lora_alpha, whole.lora_targets) == (5e-6, None, LORA_TARGETS)
     (tmp_path / "some.yaml").write_text("cfg: 2")
-    assert parse(["--config", f"{tmp_path}/some.yaml", "--lora_rank", "4"]).config.lr == 1e-3
+    assert parse(["--config", f"{tmp_path}/some.yaml", "--lora_rank", "4"]).config.lr == 5e-4
 
 
 def test_pictures_need_not_be_square(flags, tmp_path):

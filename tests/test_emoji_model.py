@@ -32,9 +32,10 @@ PACKAGE = Path(ddpo_scratch.__file__).parent
 def test_what_ships_is_small_and_whole():
     "Sizes, names, styles."
     def size(*paths): return sum(path.stat().st_size for path in paths if path.is_file())
-    assert size(*(PACKAGE / "emoji_flow").rglob("*")) <= 5_000_000
-    assert size(*(PACKAGE / "emoji").rglob("*"), *PACKAGE.glob("emoji_*.safetensors")) <= 15_000_000
+    assert size(*(PACKAGE / "emoji_flow").rglob("*")) <= 6_000_000
+    assert size(*(PACKAGE / "emoji").rglob("*"), *PACKAGE.glob("emoji_*.safetensors")) <= 25_000_000
     assert (PACKAGE / "emoji_pictures.npz").stat().st_size <= 3_000_000
+    assert size(*(path for path in PACKAGE.rglob("*") if path.suffix != ".pyc")) <= 40_000_000
     pictures, animals, styles = load_pictures()
     assert pictures.shape == (len(animals), 64, 64, 4) and pictures.dtype == torch.uint8
     assert (len(set(styles)) == 6 and sorted(set(animals)) == list(emoji_animals())
@@ -123,7 +124,7 @@ def test_rehearsal_makes_a_pipeline():
 def test_prompts_are_followed():
     """The judge, first on real pictures, then on generated ones.
 
-    The promise of the chapter: at least 65% show what was asked for, here of one picture of every
+    The promise of the chapter: at least 80% show what was asked for, here of one picture of every
     animal in half the steps."""
     judge = load_judge()
     pictures, animals, _ = load_pictures()
@@ -131,4 +132,4 @@ def test_prompts_are_followed():
               .to(torch.uint8).permute(0, 2, 3, 1).numpy())
     assert share_right(images, animals, judge) > 0.95
     assert named_right(embedded(), judge, seeds=1,
-                       num_inference_steps=25) >= 0.65
+                       num_inference_steps=25) >= 0.8

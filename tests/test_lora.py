@@ -52,7 +52,7 @@ def test_only_the_adapter_is_trained():
     assert {name for name, p in pipe.unet.named_parameters() if p.grad is not None} == set(adapter)
     assert history[0]["max_log_ratio"] == 0 and history[0]["grad_norm"] > 0
 
-    layer = pipe.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q
+    layer = pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
     x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     assert a.shape[0] == b.shape[1] == 4

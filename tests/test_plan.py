@@ -167,7 +167,7 @@ def test_a_plan_is_the_same_whatever_was_planned_before(twins):
 def test_the_embedded_flow_model_can_be_planned():
     "With what it borrows from the other one."
     flow = make_plan(make_config("emoji", pipeline="emoji_flow"))
-    assert flow.trained == 2_448_100 and flow.frozen == make_plan(make_config("emoji")).frozen
+    assert flow.trained == 2_799_684 and flow.frozen == make_plan(make_config("emoji")).frozen
 
 
 def test_bytes_that_are_alive():
@@ -191,7 +191,7 @@ def test_the_plan_is_printed():
     compiled = replace(config, compile=True)
     more = plan_text(compiled, make_plan(config)).removeprefix(text)
     assert more == " Compiled blocks take more memory than this."
-    for words in ("4.3 million numbers are trained", "decoding", "RTX 4090", "computed, not"):
+    for words in ("6.9 million numbers are trained", "decoding", "RTX 4090", "computed, not"):
         assert words in text
     assert "does not fit" not in text
     assert configurations("CompVis/stable-diffusion-v1-4") is STABLE_DIFFUSION_1

@@ -160,8 +160,8 @@ def refused(error, match, pipe=pipe, steps=2, guidance_scale=1.0, eta=1.0, size=
 def test_bad_policies():
     "Each is refused before the UNet is called."
     refused(TypeError, "not a str", pipe="emoji")
-    refused(ValueError, "img_size's height must be a positive multiple of 8", size=(60, 64))
-    refused(ValueError, "img_size must be a positive multiple of 8", size=(0, 0))
+    refused(ValueError, "img_size's height must be a positive multiple of 4", size=(62, 64))
+    refused(ValueError, "img_size must be a positive multiple of 4", size=(0, 0))
     refused(ValueError, "deterministic", eta=0)
     refused(ValueError, "eta must be above 0, not -1", eta=-1)
     refused(ValueError, "At most 1.0", eta=3.0)

@@ -183,7 +183,7 @@ def test_trajectory():
     schedule = ddim_schedule(pipe.scheduler, 6, 1.0)
     for guidance in (1.0, 3.0):
         latents, xs, log_probs = sd_sample(prompts, pipe, 48, 80, guidance, 6, 1.0, "cpu", g)
-        assert latents.shape == (2, 4, 6, 10) and xs.shape == (7, 2, 4, 6, 10)
+        assert latents.shape == (2, 4, 12, 20) and xs.shape == (7, 2, 4, 12, 20)
         assert log_probs.shape == (6, 2) and torch.equal(latents, xs[-1])
         assert decoding_fn(latents, pipe).shape == (2, 48, 80, 3)
         for b, prompt in enumerate(prompts):
@@ -265,7 +265,7 @@ def test_sampling_stays_on_its_device():
         for guidance in (1.0, 5.0):
             tensors = sd_sample(prompts, fake, 64, 64, guidance, 3, 1.0, "cuda")
             assert {x.device.type for x in tensors} == {"cuda"}
-            assert tensors[1].shape == (4, 2, 4, 8, 8)
+            assert tensors[1].shape == (4, 2, 4, 16, 16)
         assert fake.vae.decode(tensors[0]).sample.device.type == "cuda"
         with pytest.raises(RuntimeError):
             sd_sample(["a fox"], fake, 64, 64, 1.0, 3, 1.0, "cpu")
@@ -286,8 +286,9 @@ def test_the_scheduler_is_taken_as_it_is_now():
 
 
 def test_a_megapixel_is_decoded_at_a_time():
-    "Of any shape: sixteen latents of 128×32 are pictures of 1024×256, four to a megapixel."
-    sizes, shapes = [], ((16, 4, 128, 32), (16, 4, 32, 128), (3, 4, 256, 256), (20, 4, 64, 64))
+    "Of any shape: sixteen latents of 256×64 are pictures of 1024×256, four to a megapixel."
+    sizes, shapes = [], (
+        (16, 4, 256, 64), (16, 4, 64, 256), (3, 4, 512, 512), (20, 4, 128, 128))
     for shape in shapes:
         def decode(part):
             sizes.append(len(part))
@@ -316,8 +317,8 @@ def test_bad_arguments():
         refused(TypeError, "list of strings", prompts="a fox")
         refused(TypeError, "prompt 1 is a int", prompts=["a fox", 7])
         refused(TypeError, "not a str", pipe="emoji")
-        refused(ValueError, "height must be a positive multiple of 8", height=60)
-        refused(ValueError, "width must be a positive multiple of 8", width=0)
+        refused(ValueError, "height must be a positive multiple of 4", height=62)
+        refused(ValueError, "width must be a positive multiple of 4", width=0)
         refused(ValueError, "deterministic", eta=0)
         refused(ValueError, "eta must be above 0, not -1", eta=-1)
         refused(ValueError, "At most 1.0", eta=3.0)

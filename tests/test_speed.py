@@ -33,7 +33,7 @@ from helpers import embedded, sample, train, twin
 PROMPTS, ADVANTAGES = ["a fox", "an owl", "a cat", "a bee"], torch.tensor([1.0, -1.0, 0.5, 0.0])
 
 
-def moved(name, guidance, rank=0, amount=2e-4):
+def moved(name, guidance, rank=0, amount=4e-4):
     "A policy that has left the one that drew these trajectories of ten steps."
     g = torch.Generator().manual_seed(0)
     pipe, size = (twin(name), (32, 32)) if name in TWINS else (embedded(name), (64, 64))

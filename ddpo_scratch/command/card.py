@@ -15,7 +15,6 @@ from ddpo_scratch.command.folder import as_yaml
 from ddpo_scratch.models.families import family_of
 from ddpo_scratch.pipelines import EMBEDDED, is_flow
 from ddpo_scratch.trainer.config import HUB_NAME, TrainerConfig
-from ddpo_scratch.trainer.evaluation import verdict
 from ddpo_scratch.trainer.precision import DTYPES
 
 # %% ../../nbs/practice/13_command.ipynb 22
@@ -104,7 +103,7 @@ def model_card(
         verdict="\n".join(f"- {line}" for line in verdict.splitlines()),
         settings=as_yaml(asdict(config)))
 
-# %% ../../nbs/practice/13_command.ipynb 34
+# %% ../../nbs/practice/13_command.ipynb 33
 @contextmanager
 def hub_errors(
     what: str,  # the message: what cannot be done

@@ -29,33 +29,27 @@ from ddpo_scratch.scorers.names import (
     make_eval_rewards,
     make_reward,
     parts_of,
-    reward_weights,
 )
 from ..trainer.checkpoints import Stopped
 from ..trainer.config import TrainerConfig
 from ..trainer.precision import frozen_type
-from ..trainer.presets import PromptFile, make_prompt_fn
+from ..trainer.presets import make_prompt_fn
 from ..trainer.processes import from_the_first, print_once, processes
 from ..trainer.trainer import check_run
 
-# %% ../../nbs/practice/13_command.ipynb 36
+# %% ../../nbs/practice/13_command.ipynb 35
 def check_prompts(
     config: TrainerConfig,
     prompt_fn: Callable[[], str],
 ) -> None:
     "`ValueError` if a reward needs an animal in the prompt and a prompt names none."
-    asked = {flag: {"animal", "right_animal"} & (reward_weights(names) if names else {}).keys()
-             for flag, names in (("reward", config.reward), ("eval_rewards", config.eval_rewards))}
-    if any(asked.values()):
-        flags = " and ".join(f"--{flag}" for flag, names in asked.items() if names)
-        prompts = prompt_fn.prompts if isinstance(prompt_fn, PromptFile) else {
-            prompt_fn() for _ in range(1000)}
-        for prompt in prompts:
-            try:
-                animal_in(prompt)
-            except ValueError as error:
-                raise ValueError(f"{error} Give other --prompts, or another {flags} "
-                                 "(--eval_rewards None watches none).") from error
+    if not {"animal", "right_animal"} & {*all_rewards(config)}: return
+    for prompt in getattr(prompt_fn, "prompts", None) or {prompt_fn() for _ in range(1000)}:
+        try:
+            animal_in(prompt)
+        except ValueError as error:
+            raise ValueError(f"{error} Give other --prompts, or another --reward and "
+                             "--eval_rewards (None watches none).") from error
 
 
 def prepare(

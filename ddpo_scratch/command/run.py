@@ -8,8 +8,6 @@ import secrets
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -182,19 +180,6 @@ def evaluate_after(
     return "\n".join(lines)
 
 # %% ../../nbs/practice/13_command.ipynb 26
-def save_what_is_done(
-    state: TrainingState,
-    save: Callable[[], Path],
-) -> None:
-    "Save a checkpoint if a batch is done; an error in saving is printed and not raised."
-    begun = state.history or state.rollout.samples or state.rollout.updates
-    if not (state.is_whole and begun): return
-    try:
-        save()
-    except Exception as error:
-        print_once(f"no checkpoint could be written: {type(error).__name__}: {error}")
-
-# %% ../../nbs/practice/13_command.ipynb 27
 def run_training(
     config: TrainerConfig,
     pipe: DiffusionPipeline,     # its UNet is trained in place
@@ -241,8 +226,8 @@ def run_training(
         progress = Progress(config, pipe, run["prompts"], folder, run["progress"])
         if not run["progress"]: progress.draw("before")
 
-        keep = config.checkpoints_total_limit
-        save = partial(save_checkpoint, folder / "checkpoints", keep, pipe, state, run)
+        def save(keep=config.checkpoints_total_limit):
+            save_checkpoint(folder / "checkpoints", keep, pipe, state, run)
         def on_epoch(row):
             write_file(folder / "metrics.csv", csv_text(state.history))
             curve = reward_curve(state.history, without_folders(config.reward))
@@ -262,8 +247,12 @@ def run_training(
             except Ruined:
                 raise
             except Exception:  # such as a reward's server that is gone, a full GPU
-                save_what_is_done(state, partial(
-                    save_checkpoint, folder / "checkpoints", keep + 1, pipe, state, run))
+                begun = state.history or state.rollout.samples or state.rollout.updates
+                if state.is_whole and begun:
+                    try: save(config.checkpoints_total_limit + 1)
+                    except Exception as error:
+                        print_once(f"no checkpoint could be written: {type(error).__name__}: "
+                                   f"{error}")
                 raise
         line = evaluate_after(config, pipe, reward_fn, eval_rewards, folder, run)
         has_adapter = bool(adapters_of(network_of(pipe)))

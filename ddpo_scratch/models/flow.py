@@ -5,7 +5,6 @@
 import math
 import warnings
 
-import torch
 from diffusers import SchedulerMixin
 
 from ddpo_scratch.sampling import Schedule

@@ -14,10 +14,7 @@ from ddpo_scratch.models.stable_diffusion import StableDiffusion
 class Flux(StableDiffusion):
     "Flux.1, dev and schnell."
     pipeline, flow, guides, patch, packed = FluxPipeline, True, False, 2, 4
-    network, network_class, spared = "transformer", FluxTransformer2DModel, ()
-
-    def loading(self, found):
-        return {}
+    network, network_class = "transformer", FluxTransformer2DModel
 
     def tokens(self, config) -> int:
         return 512 if config.guidance_embeds else 256  # schnell was trained on fewer

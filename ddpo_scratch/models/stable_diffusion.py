@@ -19,11 +19,6 @@ class StableDiffusion:
     guides = True     # a guidance scale above 1 calls the network with the prompt and without
     patch = 1         # height and width of latents must be multiples of it
     packed = 1        # the network's channels divided by the latents' channels
-    spared = (("safety_checker",), ("feature_extractor",))  # groups of parts, each of them optional
-
-    def loading(self, found: dict) -> dict:
-        "Extra arguments for `from_pretrained`; `found` is the content of model_index.json."
-        return dict(safety_checker=None, requires_safety_checker=False)
 
     def reads(self, pipe: DiffusionPipeline) -> tuple:
         "The tokenizer with the highest limit on a prompt's length, and that limit in tokens."

@@ -13,11 +13,6 @@ class StableDiffusion3(StableDiffusion):
     "Stable Diffusion 3 and 3.5, with T5 or without."
     pipeline, flow, patch = StableDiffusion3Pipeline, True, 2
     network, network_class = "transformer", SD3Transformer2DModel
-    spared = (("text_encoder_3", "tokenizer_3"),)
-
-    def loading(self, found):  # names the parts of T5 that a saved folder lacks
-        return {name: None for name in self.spared[0]
-                if not any(found.get(name) or [None])}
 
     def reads(self, pipe):
         return (pipe.tokenizer_3, 256) if pipe.text_encoder_3 else super().reads(pipe)

@@ -11,10 +11,7 @@ from ddpo_scratch.models.stable_diffusion import POOLED, StableDiffusion
 # %% ../../nbs/practice/22_models.ipynb 12
 class StableDiffusionXL(StableDiffusion):
     "Stable Diffusion XL (base model)."
-    pipeline, spared = StableDiffusionXLPipeline, ()
-
-    def loading(self, found):
-        return {}
+    pipeline = StableDiffusionXLPipeline
 
     def encode(self, pipe, prompts, guidance_scale):
         return [dict(encoder_hidden_states=words, added_cond_kwargs=dict(text_embeds=vector))

@@ -96,10 +96,7 @@ class WeightedSum:
 
     def parts(self, images: np.ndarray, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         "Each reward's values by its name, [B], not yet standardized."
-        given = {}
-        for name, reward_fn in self.rewards.items():
-            given[name] = ask(reward_fn, images, prompts, name)
-        return given
+        return {name: ask(fn, images, prompts, name) for name, fn in self.rewards.items()}
 
     def total(self, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         "The weighted sum of what `parts` returned, [B]. The first call fixes `units`."

@@ -9,11 +9,9 @@ __all__ = ['TrainerConfig']
 import importlib.util
 import inspect
 import numbers
-import os
-import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np

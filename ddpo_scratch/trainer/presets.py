@@ -60,8 +60,8 @@ PRESETS: dict[str, TrainerConfig] = {
     "emoji": TrainerConfig(
         pipeline="emoji", prompts="emoji_common_animal_prompts", reward="animal",
         eval_rewards="right_animal", img_size=64,
-        num_epochs=44, samples_per_prompt=16, num_timesteps=8, timestep_fraction=0.75,
-        num_eval_samples=512, lr=1.3e-4, batch_size=32, cfg=1.0, clip_ratio=3e-3, buffer_size=32,
+        num_epochs=24, samples_per_prompt=16, num_timesteps=8, timestep_fraction=0.75,
+        num_eval_samples=512, lr=6e-5, batch_size=32, cfg=1.0, clip_ratio=7.5e-4, buffer_size=32,
         min_count=8, gradient_checkpointing=False, micro_batch_size=32),
     "sdxl": TrainerConfig(
         pipeline="stabilityai/stable-diffusion-xl-base-1.0", img_size=1024, mixed_precision="fp16",
@@ -115,7 +115,7 @@ def make_config(
         from ddpo_scratch.trainer.lora import adapter_settings  # here: it loads PyTorch
         changes = adapter_settings(changes["lora_from"]) | changes
     if "lora_rank" in changes and bool(changes["lora_rank"]) != bool(PRESETS[preset].lora_rank):
-        larger = 1e-3 if preset == "emoji" and changes["lora_rank"] else None
+        larger = 5e-4 if preset == "emoji" and changes["lora_rank"] else None
         changes = dict(lr=larger, lora_alpha=None, lora_targets=LORA_TARGETS) | changes
     counts = {"buffer_size", "min_count"}
     if len(counts & changes.keys()) == 1:  # the other follows from it

@@ -476,7 +476,7 @@ def train_emoji_flow(
     torch.manual_seed(7)
     raw_unet = new_unet((32, 64, 96), latents.shape[-1])
     unet, _ = fit(raw_unet, lambda g: flow_matching_loss(raw_unet, latents, words, g),
-                  max(2, round(9000 * share)), 1e-3, 0.998, work / "flow.pt", seed=6)
+                  max(2, round(6000 * share)), 1e-3, 0.998, work / "flow.pt", seed=6)
     pipe.unet = unet.half()
     pipe.scheduler = DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, steps_offset=1)
