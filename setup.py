@@ -20,8 +20,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     keywords=cfg["keywords"],
     packages=find_packages(include=[cfg["lib_path"], f"{cfg['lib_path']}.*"]),
-    package_data={cfg["lib_path"]: [f"{folder}/**/*" for folder in (
-        "emoji", "emoji_flow")] + ["*.npz", "*.safetensors"]},
+    package_data={cfg["lib_path"]: ["emoji/**/*", "emoji_flow/**/*", "*.npz", "*.safetensors"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()} | {

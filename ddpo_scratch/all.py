@@ -21,4 +21,5 @@ from .trainer.trainer import *
 from .trainer.trainer import TrainingState
 from .trainer.evaluation import *
 from .command.run import run_training
+from .workshop.drawings import load_pictures
 from .workshop.emoji_model import *

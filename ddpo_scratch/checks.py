@@ -54,6 +54,23 @@ def check_parts(
         raise ValueError(f"{', '.join(sorted(lacks))} cannot be left out of a {name}.{together}")
 
 
+def check_latents(
+    pipe: diffusers.DiffusionPipeline,
+    network: str,    # name of the trained part
+    channels: int,   # that it should take and give
+) -> None:
+    "`ValueError` for a scheduler or a network that is not made for the pipeline's latents."
+    if pipe.scheduler.config.get("thresholding"):
+        raise ValueError("the scheduler thresholds x_0 dynamically, which is not a latent model's; "
+                         "set thresholding=False.")
+    config = getattr(pipe, network).config
+    takes, gives = config.in_channels, config.out_channels or config.in_channels
+    if not takes == gives == channels:
+        raise ValueError(f"the {network} takes {takes} channels and gives {gives}, where the "
+                         f"latents have {channels}: all must be the same. (Models for inpainting "
+                         "take nine, those that edit images eight; a prompt is not enough.)")
+
+
 def check_pipe(
     pipe: StableDiffusionPipeline,
 ) -> None:
@@ -66,15 +83,7 @@ def check_pipe(
         raise TypeError(f"the pipeline's scheduler is a {type(pipe.scheduler).__name__}; the "
                         "policy is DDIM's step. Use load_pipeline, or set "
                         "pipe.scheduler = ddim_scheduler(pipe.scheduler.config).")
-    if pipe.scheduler.config.get("thresholding"):
-        raise ValueError("the scheduler thresholds x_0 dynamically, which is not a latent model's; "
-                         "set thresholding=False.")
-    takes, gives = pipe.unet.config.in_channels, pipe.unet.config.out_channels
-    if not takes == gives == pipe.vae.config.latent_channels:
-        raise ValueError(f"the UNet takes {takes} channels and gives {gives}, where the latents "
-                         f"have {pipe.vae.config.latent_channels}: all must be the same. (Models "
-                         "for inpainting take nine, those that edit images eight; a prompt is not "
-                         "enough.)")
+    check_latents(pipe, "unet", pipe.vae.config.latent_channels)
     if pipe.unet.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"the UNet is in {pipe.unet.dtype}, in which small steps are lost: call "
                          "pipe.unet.float(), or train an adapter over it with DDPOTrainer.")
@@ -114,9 +123,9 @@ def check_policy_arguments(
                          "for each, or a single one outside a list.")
 
 
-def check_size(height: int, width: int, factor: int) -> None:
-    "`ValueError` for a size in pixels that is not a multiple of the VAE's factor."
-    for name, pixels in (("height", height), ("width", width)):
+def check_size(sides: dict[str, int], factor: int) -> None:
+    "`ValueError` for a named side in pixels that is not a multiple of the VAE's factor."
+    for name, pixels in sides.items():
         if not is_number(pixels, numbers.Integral, factor) or pixels % factor:
             raise ValueError(f"{name} must be a positive multiple of {factor} pixels, not "
                              f"{pixels!r}: so many stand for one step of the latents.")

@@ -164,7 +164,7 @@ def sd_sample(
     Returns latents x_0 [B, C, h, w]; all_step_preds, from x_T to x_0, [T+1, B, C, h, w]; and
     log_probs, the mean over a latent's elements, [T, B]."""
     check_policy_arguments(prompts, pipe, guidance_scale, num_inference_steps, eta, generator)
-    check_size(height, width, pipe.vae_scale_factor)
+    check_size({"height": height, "width": width}, pipe.vae_scale_factor)
     schedule = ddim_schedule(pipe.scheduler, num_inference_steps, eta).to(device)
     embeddings = encode_prompts(prompts, pipe, guidance_scale, device)
     shape = (len(prompts), pipe.unet.config.in_channels,

@@ -11,15 +11,17 @@ from transformers import CLIPTokenizer
 import ddpo_scratch
 from ddpo_scratch.animals import load_judge, share_right
 from ddpo_scratch.prompts import emoji_animals
-from ddpo_scratch.workshop.emoji_model import (
+from ddpo_scratch.workshop.drawings import (
     BACKGROUNDS,
     PHRASINGS,
     augment,
     caption,
-    encode_captions,
-    fit,
     load_pictures,
     make_tokenizer,
+)
+from ddpo_scratch.workshop.emoji_model import (
+    encode_captions,
+    fit,
     named_right,
     train_emoji_flow,
     train_emoji_model,

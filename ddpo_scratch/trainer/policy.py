@@ -19,13 +19,12 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch.utils._pytree import tree_map
 
-from ..checks import check_steps
+from ..checks import check_latents, check_size, check_steps
 from ..models.conditioning import Conditioning
 from ..models.families import family_of
 from ..models.flow import flow_schedule, shift_of
 from ..models.stable_diffusion import StableDiffusion
 from ..pipelines import is_flow
-from ..ranges import is_number
 from ddpo_scratch.sampling import (
     Schedule,
     calculate_log_probs,
@@ -200,19 +199,10 @@ def check_pipe(
         raise TypeError(f"the pipeline's scheduler is a {type(pipe.scheduler).__name__}; the "
                         "policy is DDIM's step, or a flow model's. Use load_pipeline, or set "
                         "pipe.scheduler = ddim_scheduler(pipe.scheduler.config).")
-    if pipe.scheduler.config.get("thresholding"):
-        raise ValueError("the scheduler thresholds x_0 dynamically, which is not a latent model's; "
-                         "set thresholding=False.")
     if pipe.tokenizer.model_max_length > 1_000_000:
         raise ValueError("the tokenizer does not say how many tokens the text encoder reads: its "
                          "files are missing or damaged.")
-    network, latent = getattr(pipe, family.network), pipe.vae.config.latent_channels * family.packed
-    takes = network.config.in_channels
-    gives = network.config.out_channels or takes
-    if not takes == gives == latent:
-        raise ValueError(f"the {family.network} takes {takes} channels and gives {gives}, where "
-                         f"the latents have {latent}: all must be the same. (Models for inpainting "
-                         "take nine, those that edit images eight; a prompt is not enough.)")
+    check_latents(pipe, family.network, pipe.vae.config.latent_channels * family.packed)
 
 
 def check_policy(
@@ -233,10 +223,8 @@ def check_policy(
     height, width = policy.size
     sides = {"img_size": height} if height == width else {
         "img_size's height": height, "img_size's width": width}
+    check_size(sides, factor)
     for name, pixels in sides.items():
-        if not is_number(pixels, int, factor) or pixels % factor:
-            raise ValueError(f"{name} must be a positive multiple of {factor} pixels, not "
-                             f"{pixels!r}: so many stand for one step of the latents.")
         if most and pixels > most * factor:
             raise ValueError(f"{name} is {pixels!r}; this model draws at most {most * factor} "
                              "pixels a side.")

@@ -42,7 +42,7 @@ import torch
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
 
-from ddpo_scratch.animals import load_classifier, load_judge, share_right
+from ddpo_scratch.animals import load_classifier, load_judge, right_ones, share_right
 from ddpo_scratch.command.figures import csv_text, png_bytes, progress_strip
 from ddpo_scratch.command.plan import make_plan
 from ddpo_scratch.command.run import plain_reward
@@ -56,7 +56,8 @@ from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts, no_reward
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.trainer.trainer import DDPOTrainer
 from ddpo_scratch.training import EVALUATION, noise_sources
-from ddpo_scratch.workshop.emoji_model import BACKGROUNDS, named_right
+from ddpo_scratch.workshop.drawings import BACKGROUNDS
+from ddpo_scratch.workshop.emoji_model import named_right
 
 HERE = Path(__file__).parent
 kilobytes, judge, classifier = JPEGCompressibility(), load_judge(), load_classifier()
@@ -204,27 +205,33 @@ def right():
 
 
 def hero():
-    """The README's pictures: 32 prompts before and after the run with seed 2, and the three runs.
+    """32 prompts before and after the run with seed 2, which the README shows.
 
-    Its table says of each prompt whether the judge sees the right animal."""
+    The table says of each prompt whether the judge sees the right animal."""
     config = make_config("emoji", seed=2)
     prompts = [*dict.fromkeys(fresh_prompts(config, make_prompt_fn(config.prompts)))][:32]
     figure, rows = Figure(figsize=(12, 3.3), layout="constrained"), []
     for part, (when, source) in zip(figure.subfigures(1, 2, wspace=0.03), (
             ("before", "emoji"), ("after", "runs/seed2/pipeline"))):
         images, _ = evaluate(config, load_pipeline(source, "cpu"), prompts, no_reward)
-        right = [share_right(images[i:i + 1], [prompts[i]], judge) == 1 for i in range(32)]
-        for ax, image, prompt, found in zip(
-                part.subplots(4, 8).flat, images, prompts, right):
+        right = right_ones(images, prompts, judge)
+        for ax, image, prompt, found in zip(part.subplots(4, 8).flat, images, prompts, right):
+            colour = "#1a7f37" if found else "#c62828"
             ax.imshow(image)
             ax.set(xticks=[], yticks=[])
             ax.set_title(("✓ " if found else "✗ ") + prompt.split(" ", 1)[1], fontsize=7, pad=2,
-                         color="#1a7f37" if found else "#c62828")
-            ax.spines[:].set(color="#1a7f37" if found else "#c62828", linewidth=2)
+                         color=colour)
+            ax.spines[:].set(color=colour, linewidth=2)
         part.suptitle(f"{when} training: {sum(right)} of 32 right", fontsize=9)
         rows += [{"model": when, "prompt": prompt, "right": int(found)}
                  for prompt, found in zip(prompts, right)]
     write_file(HERE.parent / "images" / "hero.png", png_bytes(figure))
+    write_file(HERE.parent / "images" / "right_curve.png", png_bytes(right_curve()))
+    return rows
+
+
+def right_curve():
+    "The judge's share over the epochs of the three runs, which the README shows."
     figure = Figure(figsize=(5.5, 2.4), layout="constrained")
     ax = figure.subplots()
     runs = [np.genfromtxt(HERE / f"seed{seed}.csv", delimiter=",", names=True)
@@ -236,8 +243,7 @@ def hero():
             label="mean of five epochs")
     ax.set(xlabel="epoch", ylabel="right animals, %", ylim=(40, 100))
     ax.legend(fontsize=7, ncols=2, loc="lower right")
-    write_file(HERE.parent / "images" / "right_curve.png", png_bytes(figure))
-    return rows
+    return figure
 
 
 SAMPLERS = {  # steps, eta, guidance
