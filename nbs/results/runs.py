@@ -12,7 +12,7 @@ whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `evaluations` at 
     ddpo_train --lora_rank 8 --name lora                          (its metrics.csv is lora.csv)
 
 and `flow` at `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`, N 0 and 1.
-`plans` computes what the presets for large models take. The committed pictures were reduced to 256
+`plans` computes what the presets for large models take. The pictures of `gamed` were reduced to 256
 colours afterwards.
 
 Of groups.csv, reinforce.csv, steps.csv, gamed.csv, incompressible.csv and the flow tables the rows
