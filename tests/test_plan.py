@@ -5,17 +5,19 @@ import sys
 from dataclasses import replace
 from unittest.mock import patch
 
+import open_clip
 import pytest
 import torch
+import transformers
 from torch.profiler import ProfilerActivity, profile
 
-from ddpo_scratch.animals import load_classifier, load_judge
+from ddpo_scratch.animals import new_classifier, new_judge
 from ddpo_scratch.command.architectures import STABLE_DIFFUSION_1, configurations, models
 from ddpo_scratch.command.flags import parse
-from ddpo_scratch.command.plan import LiveBytes, make_plan, plan_text, reward_bytes
+from ddpo_scratch.command.plan import REWARD_WEIGHTS, LiveBytes, make_plan, plan_text
 from ddpo_scratch.models.families import frozen_parts, network_of, text_encoders
 from ddpo_scratch.pipelines import load_pipeline
-from ddpo_scratch.rewards import JPEGCompressibility
+from ddpo_scratch.rewards import AESTHETIC_CLIP, MLP, JPEGCompressibility
 from ddpo_scratch.trainer.lora import add_lora
 from ddpo_scratch.trainer.precision import DTYPES
 from ddpo_scratch.trainer.presets import make_config
@@ -129,13 +131,24 @@ def test_the_plan_holds_what_a_run_loads(name, precision, twins):
 
 
 def test_models_of_rewards_are_counted():
-    "Published numbers of parameters; each once; one's own cannot be known."
-    assert reward_bytes("pickscore") == 4 * 986_109_441
-    assert reward_bytes("clip_score") == 4 * 427_616_513
+    "The numbers of the table are those of the models' own classes; one's own cannot be known."
+    def tower(width, layers, **settings):
+        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+                    num_attention_heads=16, **settings)
+    def vit_h():
+        return transformers.CLIPModel(transformers.CLIPConfig(
+            projection_dim=1024, text_config=tower(1024, 24),
+            vision_config=tower(1280, 32, patch_size=14)))
+    def vit_l():
+        return open_clip.create_model(AESTHETIC_CLIP, pretrained=None, device="meta")
+    with torch.device("meta"):
+        made = {"animal": [new_classifier()], "right_animal": [new_judge()],
+                "pickscore": [vit_h()], "clip_score": [vit_l()], "aesthetic": [vit_l(), MLP(768)]}
+    assert REWARD_WEIGHTS == {
+        name: sum(p.numel() for model in models for p in model.parameters())
+        for name, models in made.items()}
     plan = make_plan(make_config("emoji", reward="animal:1,jpeg_compressibility:2"))
-    assert plan.resident["models of the rewards"] == sum(map(
-        reward_bytes, ("animal", "right_animal"))) == 4 * sum(
-            p.numel() for make in (load_classifier, load_judge) for p in make().parameters())
+    assert plan.resident["models of the rewards"] == 4 * (1_206_044 + 142_204)
     own = make_config("emoji", reward="mine.py:f", eval_rewards=None)
     assert "without what mine.py:f may hold" in plan_text(own, make_plan(own))
 

@@ -8,27 +8,22 @@ __all__ = []
 # %% ../../nbs/practice/28_plan.ipynb 3
 import math
 import weakref
-from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import open_clip
 import torch
-import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..animals import new_classifier, new_judge
 from .architectures import Made, configurations, models, move_here
 from ..models.conditioning import Conditioning
-from ..rewards import AESTHETIC_CLIP, MLP
 from ..sampling import Schedule
 from ..scorers.names import reward_weights
 from ..trainer.config import TrainerConfig
 from ..trainer.gradient import Objective, Samples, step_losses
-from ..trainer.policy import Policy, check_is_meant, quiet_loggers
+from ..trainer.policy import Policy, check_is_meant
 from ..trainer.precision import averages_bytes
 from ..trainer.presets import REWARDS
 
@@ -156,14 +151,9 @@ def work_of(
     return WORKS[key]
 
 # %% ../../nbs/practice/28_plan.ipynb 14
-def clip_vit_h() -> torch.nn.Module:
-    "PickScore's model: CLIP ViT-H/14 with a projection to 1024 numbers."
-    def tower(width, layers, **settings):
-        return dict(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
-                    num_attention_heads=16, **settings)
-    return transformers.CLIPModel(transformers.CLIPConfig(
-        projection_dim=1024, text_config=tower(1024, 24),
-        vision_config=tower(1280, 32, patch_size=14)))
+REWARD_WEIGHTS = {  # how many float32 numbers a reward's models have
+    "animal": 1_206_044, "right_animal": 142_204, "pickscore": 986_109_441,
+    "clip_score": 427_616_513, "aesthetic": 428_544_482}
 
 
 def all_rewards(
@@ -172,19 +162,6 @@ def all_rewards(
     "The names of all rewards that are trained on or evaluated, each once."
     return [*dict.fromkeys(name for names in (config.reward, config.eval_rewards) if names
                            for name in reward_weights(names))]
-
-
-@lru_cache
-def reward_bytes(
-    name: str,  # of a reward
-) -> int:
-    "Bytes of a reward's weights in float32; 0 for one without weights or from outside the library."
-    def clip_vit_l(): return open_clip.create_model(AESTHETIC_CLIP, pretrained=None, device="meta")
-    made = {"animal": [new_classifier], "right_animal": [new_judge], "pickscore": [clip_vit_h],
-            "clip_score": [clip_vit_l], "aesthetic": [clip_vit_l, partial(MLP, 768)]}
-    with torch.device("meta"), quiet_loggers("root"):  # open_clip warns about missing weights
-        models = [make() for make in made.get(name, ())]
-    return sum(4 * weight.numel() for model in models for weight in model.parameters())
 
 # %% ../../nbs/practice/28_plan.ipynb 15
 class Plan(NamedTuple):
@@ -241,7 +218,7 @@ def make_plan(
         epoch * config.num_inner_epochs * steps * work.training,
         {name: size(work.network), "its reference": size(*copies),
          "VAE and text encoders": 0 if config.offload else size(*others),
-         "models of the rewards": sum(map(reward_bytes, rewards)),
+         "models of the rewards": sum(4 * REWARD_WEIGHTS.get(name, 0) for name in rewards),
          "gradients": 4 * trained, "AdamW's averages": averages},
         peaks, 2 * 4 * epoch * (config.num_timesteps + 1) * latents)
 

@@ -135,7 +135,7 @@ def state_to_dict(
     rollout = vars(state.rollout) | ({"samples": []} if sampling_is_shared(state) else {})
     return {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
             "stats": {prompt: list(queue) for prompt, queue in state.tracker.stats.items()},
-            "in_a_row": state.skipped.in_a_row, "shuffler": state.shuffler.get_state(),
+            "shuffler": state.shuffler.get_state(),
             "micro_batch_size": state.micro_batch_size,
             "sample_batch_size": state.sample_batch_size,
             "units": state.units, "random": state.random, "around": random_states(),
@@ -153,7 +153,6 @@ def state_from_dict(
     state.scaler.load_state_dict(saved["scaler"])
     state.tracker.stats = {prompt: deque(rewards, maxlen=state.tracker.buffer_size)
                            for prompt, rewards in saved["stats"].items()}
-    state.skipped.in_a_row = saved["in_a_row"]
     state.micro_batch_size = state.micro_batch_size or saved["micro_batch_size"]
     state.shuffler.set_state(saved["shuffler"])
     state.units, state.random, state.history = saved["units"], saved["random"], saved["history"]

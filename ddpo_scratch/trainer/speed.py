@@ -115,20 +115,3 @@ def check_compiler(
     except RuntimeError as error:
         raise ValueError(f"compile cannot be had on {device}: {str(error).splitlines()[0]}. "
                          "Install what it asks for, or do without it.") from error
-
-# %% ../../nbs/practice/27_speed.ipynb 15
-def to_device(
-    device: torch.device,
-    x: torch.Tensor,  # on the CPU
-) -> torch.Tensor:
-    "Copy a tensor to a device. The CPU does not wait for a copy to a GPU."
-    if device.type != "cuda": return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
-def to_host(
-    x: torch.Tensor,
-) -> torch.Tensor:
-    "Copy a tensor to the CPU, from a GPU into pinned memory. A CPU tensor is returned as it is."
-    if x.device.type != "cuda": return x.cpu()
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)

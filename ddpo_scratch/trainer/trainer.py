@@ -70,8 +70,6 @@ from ddpo_scratch.trainer.speed import (
     Compiled,
     check_compiler,
     measured_micro_batch,
-    to_device,
-    to_host,
 )
 from ..training import TRAINING, equal_batches, noise_sources
 
@@ -124,34 +122,17 @@ def check_run(
                          "train an adapter over it (lora_rank), whose weights are in float32.")
 
 # %% ../../nbs/practice/18_trainer.ipynb 7
-class Skipped:
-    "Counts updates that are left out because they are not finite; `most` in a row are an error."
-    most = 10  # in a row; in fp16 the scaler needs some to find its scale
-    CAUSES = ("Usual causes: too large a learning rate (try a tenth of lr), too small an eta, "
-              "weights that were damaged before, fp16 where bf16 would do.")
-
-    def __init__(self):
-        self.in_a_row = 0
-
-    def __call__(self, loss: float, grad_norm: float, where: str) -> bool:
-        "Whether this update is to be left out. `Ruined` when it is the tenth in a row."
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.in_a_row = 0
-            return False
-        self.in_a_row += 1
-        if self.in_a_row == self.most:
-            raise Ruined(
-                f"{where}: an update that is not finite (loss {loss}, norm of the gradient "
-                f"{grad_norm}), and number {self.most} in a row. {self.CAUSES}")
-        return True
-
-    def check_epoch(self, updates: list[dict], epoch: int) -> None:
-        "`Ruined` for an epoch in which every update was left out."
-        if all(update["skipped"] for update in updates):
-            raise Ruined(
-                f"epoch {epoch}: none of its {len(updates)} updates was finite; the last had the "
-                f"loss {updates[-1]['loss']} and the norm of the gradient "
-                f"{updates[-1]['grad_norm']}. {self.CAUSES}")
+def check_updates(
+    updates: list[dict],  # of an epoch
+    epoch: int,
+) -> None:
+    "`Ruined` for an epoch in which every update was left out."
+    if all(update["skipped"] for update in updates):
+        raise Ruined(
+            f"epoch {epoch}: none of its {len(updates)} updates was finite; the last had the loss "
+            f"{updates[-1]['loss']} and the norm of the gradient {updates[-1]['grad_norm']}. Usual "
+            "causes: too large a learning rate (try a tenth of lr), too small an eta, weights that "
+            "were damaged before, fp16 where bf16 would do.")
 
 # %% ../../nbs/practice/18_trainer.ipynb 9
 @dataclass
@@ -192,7 +173,7 @@ class TrainingState:
             pipe.device.type, init_scale=1024.0,
             enabled=config.mixed_precision == "fp16" or network.dtype == torch.float16)
         self.tracker = PerPromptStatTracker(config.buffer_size, config.min_count)
-        self.skipped, self.micro_batch_size = Skipped(), config.micro_batch_size
+        self.micro_batch_size = config.micro_batch_size
         self.shuffler = torch.Generator().manual_seed(config.seed)
         self.sample_batch_size = config.sample_batch_size  # of the batches under way
         self.units = {}  # of a `WeightedSum`
@@ -255,7 +236,7 @@ class DDPOTrainer:
         on_epoch: Callable[[dict], None] = lambda row: None,  # gets each epoch's metrics
         on_batch: Callable[[], None] = lambda: None,  # is called after every batch; may raise
     ) -> list[dict]:                                  # a row of metrics for each epoch
-        """Train until `num_epochs` are done. `Ruined` after ten non-finite updates in a row.
+        """Train until `num_epochs` are done. `Ruined` if all updates of an epoch are not finite.
 
         A row holds epoch, reward_mean, reward_std, the means of a sum's parts (reward_…) and of
         `eval_rewards` (eval_…), loss, grad_norm, clip_fraction, approx_kl, max_log_ratio, ref_kl
@@ -272,7 +253,7 @@ class DDPOTrainer:
             self.weigh(rewards)
             self.update(epoch, on_batch)
             updates, sizes = state.rollout.updates, [*map(len, state.rollout.batches)]
-            state.skipped.check_epoch(updates, epoch + 1)
+            check_updates(updates, epoch + 1)
             row = {"epoch": epoch + 1, "reward_mean": rewards.mean().item(),
                    "reward_std": rewards.std(correction=0).item(),
                    **{name: score.mean().item() for name, score in scores.items()},
@@ -301,7 +282,7 @@ class DDPOTrainer:
               AsyncScoring(score, rollout.samples, self.beside) as scoring):
             drawn = sampled(self.cache, rollout.prompts, batches, noise_of, lambda: state.compiled)
             for prompts, images, trajectory in self.bar(drawn, "sampling", len(batches)):
-                if prompts: scoring.put(images, prompts, *map(to_host, trajectory))
+                if prompts: scoring.put(images, prompts, *(x.cpu() for x in trajectory))
                 on_batch()
         if rollout.advantages is None: rollout.samples = gathered(rollout.samples)
 
@@ -330,9 +311,7 @@ class DDPOTrainer:
                     warn_of_rounding(measured["max_log_ratio"], config)
                 state.scaler.unscale_(state.optimizer)
                 norm = torch.nn.utils.clip_grad_norm_(state.weights, config.max_grad_norm).item()
-                where = (f"epoch {epoch + 1}, batch {len(rollout.updates) + 1} of "
-                         f"{len(rollout.batches)}")
-                skip = state.skipped(measured["loss"], norm, where)
+                skip = not math.isfinite(measured["loss"] + norm)
                 state.is_whole = False  # an update is made and counted, or it is not
                 if not skip: state.scaler.step(state.optimizer)
                 state.scaler.update()
@@ -354,7 +333,7 @@ class DDPOTrainer:
         mine, measured = my_part(batch), []
         if len(mine):
             samples = Samples(
-                to_device(device, latents[:, mine]), log_probs[:, mine].to(device),
+                latents[:, mine].to(device), log_probs[:, mine].to(device),
                 state.rollout.advantages[mine].to(device),
                 self.cache([state.rollout.prompts[i] for i in mine]))
             share = len(mine) / len(batch)

@@ -18,7 +18,7 @@ from ddpo_scratch.trainer.checkpoints import write_file
 from ddpo_scratch.trainer.gradient import Objective, Samples, step_losses
 from ddpo_scratch.trainer.policy import Policy
 from ddpo_scratch.trainer.presets import make_config
-from ddpo_scratch.trainer.speed import Compiled, to_device, to_host
+from ddpo_scratch.trainer.speed import Compiled
 from ddpo_scratch.trainer.trainer import DDPOTrainer
 from ddpo_scratch.workshop.rehearsal import full_size
 
@@ -82,19 +82,8 @@ def epochs(variant, **changes):
          f"{history[0]['max_log_ratio']:.4f}")
 
 
-def copies():
-    "A batch's trajectories to the GPU, and those of 32 samples from it."
-    walk, part = torch.randn(51, 128, 4, 64, 64), torch.randperm(128)[:4]
-    drawn = torch.randn(51, 32, 4, 64, 64, device=DEVICE)
-    clock("to the GPU", "plain", lambda: walk[:, part].to(DEVICE))
-    clock("to the GPU", "pinned", lambda: to_device(DEVICE, walk[:, part]))
-    clock("from the GPU", "plain", lambda: drawn.cpu())
-    clock("from the GPU", "pinned", lambda: to_host(drawn))
-
-
 def main():
     torch.set_float32_matmul_precision("high")
-    copies()
     epochs("a step of a batch at a time")
     epochs("32 rows at a time", micro_batch_size=16)
     pipe = full_size(make_config("blog", device="cuda"))
