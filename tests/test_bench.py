@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/appendix/32_bench.ipynb`."""
+"""Tests of chapter `nbs/appendix/82_bench.ipynb`."""
 import csv
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Tests of chapter `nbs/appendix/30_emoji_model.ipynb`."""
+"""Tests of chapter `nbs/appendix/80_emoji_model.ipynb`."""
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
