@@ -18,6 +18,7 @@ from .trainer.gradient import *
 from .trainer.checkpoints import Stopped
 from .trainer.lora import *
 from .trainer.trainer import *
+from .trainer.ddpo import DDPOTrainer
 from .trainer.trainer import TrainingState
 from .trainer.evaluation import *
 from .command.run import run_training

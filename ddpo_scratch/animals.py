@@ -61,7 +61,6 @@ def load_shipped(
     return network.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def animal_logits(
     images: np.ndarray | torch.Tensor,  # in either form; resized to 64×64
     network: nn.Module,                 # a classifier of the 124 animals
@@ -106,6 +105,7 @@ def load_judge() -> nn.Sequential:
     return load_shipped(new_judge(), "emoji_judge.safetensors")
 
 # %% ../nbs/tutorial/06_animals.ipynb 12
+@torch.no_grad()
 def name_animals(
     images: np.ndarray | torch.Tensor,  # in either form
     network: nn.Module,                 # from `load_judge` or `load_classifier`
@@ -135,6 +135,7 @@ def share_right(
 
 class RightAnimal(Scorer):
     "1 where the judge sees the asked animal, else 0. To watch, not to train on."
+    differentiable = None  # a count has no gradient
 
     def load(self) -> None:
         self.judge = load_judge()

@@ -76,7 +76,7 @@ def aesthetic_model_normalize(
     "Vectors of length 1."
     return F.normalize(a, p=order, dim=axis)
 
-# %% ../nbs/tutorial/04_rewards.ipynb 11
+
 @torch.no_grad()
 def aesthetic_scoring(
     imgs: np.ndarray,                    # images, uint8, [B, H, W, 3]
@@ -91,14 +91,13 @@ def aesthetic_scoring(
     embeddings = aesthetic_model_normalize(clip_model.encode_image(batch).float())
     return aesthetic_model(embeddings).squeeze(1)
 
-# %% ../nbs/tutorial/04_rewards.ipynb 13
+# %% ../nbs/tutorial/04_rewards.ipynb 12
 def picture_tensor(
     images: np.ndarray | torch.Tensor,  # in either form
     device: str | torch.device,
 ) -> torch.Tensor:                      # float32, [B, 3, H, W], from 0 to 1, on the device
     "Images as networks want them."
-    if isinstance(images, torch.Tensor):
-        return images.detach().to(device, torch.float32)
+    if isinstance(images, torch.Tensor): return images.to(device, torch.float32)
     images = torch.from_numpy(np.array(images)).to(device)  # a copy, for the array may be read-only
     return images.permute(0, 3, 1, 2).float() / 255
 
@@ -107,12 +106,11 @@ def picture_arrays(
     images: np.ndarray | torch.Tensor,  # in either form
 ) -> np.ndarray:                        # uint8, [B, H, W, 3]
     "Images as file formats want them."
-    if isinstance(images, np.ndarray):
-        return images
+    if isinstance(images, np.ndarray): return images
     levels = (255 * images.detach()).round().clamp(0, 255).to(torch.uint8)
     return levels.permute(0, 2, 3, 1).cpu().numpy()
 
-# %% ../nbs/tutorial/04_rewards.ipynb 14
+# %% ../nbs/tutorial/04_rewards.ipynb 13
 class Scorer(nn.Module):
     "A reward with weights. A subclass says what to `load`, once, and how to `score` images."
 
@@ -142,6 +140,10 @@ class Scorer(nn.Module):
             self.loaded = True
         return self
 
+    def differentiable(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        "The same of images that have a gradient: rewards [B] with one."
+        return self.ready().score(images, prompts)
+
     @torch.no_grad()
     def forward(self, images: np.ndarray | torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         "Images in either form → rewards [B], float32."
@@ -152,7 +154,7 @@ class Scorer(nn.Module):
                   for part in parts]
         return torch.cat(scores).float()
 
-# %% ../nbs/tutorial/04_rewards.ipynb 16
+# %% ../nbs/tutorial/04_rewards.ipynb 15
 class AestheticReward(Scorer):
     """How beautiful people would find an image; does not look at the prompt.
 
@@ -185,7 +187,13 @@ class AestheticReward(Scorer):
         return aesthetic_scoring(picture_arrays(images), self.preprocess, self.clip_model,
                                  aesthetic_model_normalize, self.aesthetic_model)
 
-# %% ../nbs/tutorial/04_rewards.ipynb 20
+    def differentiable(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        for step in self.ready().preprocess.transforms:
+            if isinstance(step, nn.Module): images = step(images)  # the others are for PIL's
+        embeddings = self.clip_model.encode_image(images.to(self.dtype)).float()
+        return self.aesthetic_model(aesthetic_model_normalize(embeddings)).squeeze(1)
+
+# %% ../nbs/tutorial/04_rewards.ipynb 19
 def jpeg_kilobytes(
     image: np.ndarray,  # one image, uint8, [H, W, 3]
 ) -> float:             # size of its JPEG at quality 95, kB of 1000 bytes

@@ -20,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ddpo_scratch import sampling
 from ddpo_scratch.command.door import main
+from ddpo_scratch.command.run import TRAINERS
 from ddpo_scratch.models.families import frozen_parts, network_of
 from ddpo_scratch.pipelines import ddim_scheduler, is_flow, load_pipeline
 from ddpo_scratch.trainer import policy
 from ddpo_scratch.trainer.policy import Policy, check_policy
-from ddpo_scratch.trainer.trainer import DDPOTrainer
 from ddpo_scratch.workshop.twins import make_twin
 
 TINY = dict(num_epochs=2, num_samples_per_epoch=7, samples_per_prompt=1, sample_batch_size=3,
@@ -124,8 +124,8 @@ def sample(prompts, pipe, steps, guidance=1.0, eta=1.0, size=(64, 64), generator
 
 def train(config, pipe, prompt_fn, reward_fn, *callbacks, eval_rewards={}, state=None, **others):
     "A trainer's whole run: the rows of its epochs."
-    return DDPOTrainer(config, pipe, prompt_fn, reward_fn, eval_rewards, state).train(
-        *callbacks, **others)
+    return TRAINERS[config.algorithm](
+        config, pipe, prompt_fn, reward_fn, eval_rewards, state).train(*callbacks, **others)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import ddpo_scratch.trainer.trainer as trainer
+import ddpo_scratch.trainer.ddpo as ddpo
 from ddpo_scratch.animals import AnimalReward
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.scorers.names import WeightedSum
@@ -89,7 +89,7 @@ def test_a_reward_is_asked_while_the_next_batch_is_drawn():
                 begun[0] += 1
                 begun[1].notify_all()
         pipe.unet.register_forward_pre_hook(note)
-        with patch.object(trainer, "is_elsewhere", lambda *arguments: beside):
+        with patch.object(ddpo, "is_elsewhere", lambda *arguments: beside):
             row, = train(make_config("emoji", **changes), pipe, make_prompt_fn(
                 "emoji_animal_prompts"), reward_fn)
         return {**row, "seconds": 0}, flat(pipe)

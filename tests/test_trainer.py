@@ -9,13 +9,15 @@ import pytest
 import torch
 from peft import LoraConfig
 
+import ddpo_scratch.trainer.ddpo as ddpo
 import ddpo_scratch.trainer.trainer as trainer
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.scorers.names import WeightedSum
+from ddpo_scratch.trainer.ddpo import DDPOTrainer
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.trainer.rollout import PromptCache
-from ddpo_scratch.trainer.trainer import DDPOTrainer, TrainingState
+from ddpo_scratch.trainer.trainer import TrainingState
 from helpers import TINY, flat, redness, train, twin
 
 
@@ -64,7 +66,7 @@ def test_which_steps_are_trained():
 
 def watched_training(config, prompt_fn, reward_fn):
     "Train, and note what was trained of each prompt, and the loss."
-    seen, real, asked = [], trainer.add_gradient, []
+    seen, real, asked = [], ddpo.add_gradient, []
     def noted(cache, prompts):
         asked.append(prompts)
         return PromptCache.__call__(cache, prompts)
@@ -76,7 +78,7 @@ def watched_training(config, prompt_fn, reward_fn):
         return found
     class Noting(PromptCache):
         __call__ = noted
-    with patch.multiple(trainer, add_gradient=watched, PromptCache=Noting):
+    with patch.object(ddpo, "add_gradient", watched), patch.object(trainer, "PromptCache", Noting):
         return seen, train(config, twin("sd2"), prompt_fn, reward_fn)
 
 
@@ -230,7 +232,7 @@ def test_a_broken_model_gets_no_reward():
 def test_training_stops_before_the_weights_are_ruined():
     "A loss that overflows, a gradient that is NaN, half precision: the weights stay as they were."
     config = make_config("emoji", **TINY)
-    pipe, real = twin("sd2"), trainer.add_gradient
+    pipe, real = twin("sd2"), ddpo.add_gradient
     before = flat(pipe)
     def overflows(*arguments): return real(*arguments) | {"loss": float("inf")}
     def ruins_gradient(*arguments):
@@ -239,7 +241,7 @@ def test_training_stops_before_the_weights_are_ruined():
         return found
     for broken, match in ((overflows, "epoch 1: none of its 2 updates was finite.*loss inf"),
                           (ruins_gradient, "norm of the gradient nan.*learning rate")):
-        with patch.object(trainer, "add_gradient", broken):
+        with patch.object(ddpo, "add_gradient", broken):
             with pytest.raises(ValueError, match=match):
                 train(config, pipe, lambda: "a fox", redness)
     assert torch.equal(flat(pipe), before)

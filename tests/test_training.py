@@ -8,8 +8,8 @@ from diffusers import PNDMScheduler
 
 from ddpo_scratch.config import DDPOConfig
 from ddpo_scratch.rewards import JPEGCompressibility
+from ddpo_scratch.trainer.ddpo import DDPOTrainer
 from ddpo_scratch.trainer.presets import make_config
-from ddpo_scratch.trainer.trainer import DDPOTrainer
 from ddpo_scratch.training import (
     EVALUATION,
     TRAINING,

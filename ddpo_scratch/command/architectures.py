@@ -117,7 +117,8 @@ def models(
         has_copy = config.beta > 0 and not config.lora_rank
         reference = network().requires_grad_(False) if has_copy else None
     for module in (vae, *text_encoders): module.requires_grad_(False)
-    if config.gradient_checkpointing: trained.enable_gradient_checkpointing()
+    if config.gradient_checkpointing:
+        for module in (trained, vae): module.enable_gradient_checkpointing()
     if config.lora_rank:
         add_lora(trained, config.lora_rank, config.lora_alpha, config.lora_targets)
         if config.beta > 0: reference = AdapterOff(trained)

@@ -18,12 +18,14 @@ from ddpo_scratch.trainer.config import HUB_NAME, TrainerConfig
 from ddpo_scratch.trainer.precision import DTYPES
 
 # %% ../../nbs/practice/13_command.ipynb 22
+METHODS = {"ddpo": "DDPO (Black et al. 2023, arXiv:2305.13301)",
+           "draft": "DRaFT (Clark et al. 2024, arXiv:2309.17400)"}
 CARD = """---
 {head}
 ---
 # {pipeline}, trained on the reward `{reward}`
 
-Trained with DDPO (Black et al. 2023, arXiv:2305.13301) by `ddpo_scratch`, on prompts from
+Trained with {method} by `ddpo_scratch`, on prompts from
 `{prompts}`. On {num_eval_samples} prompts, each with the same noise before and after:
 
 {verdict}
@@ -93,7 +95,8 @@ def model_card(
         head=ModelCardData(
             base_model=config.pipeline if is_hub else None, library_name="diffusers",
             tags=["text-to-image", "stable-diffusion" if name.startswith("Stable") else "flux",
-                  "reinforcement-learning", "ddpo", *["lora"] * lora]).to_yaml(),
+                  "reinforcement-learning", config.algorithm, *["lora"] * lora]).to_yaml(),
+        method=METHODS[config.algorithm],
         opening="\n".join(lines), example=run["prompts"][0],
         sampler=(f"a flow model's sampling with noise, a = {config.eta:g}" if flow
                  else f"DDIM, eta {config.eta:g}"),

@@ -19,7 +19,7 @@ from .card import make_repo
 from .flags import parse
 from .folder import check_run_name, kept, run_folder
 from .plan import all_rewards, make_plan, plan_text
-from .run import run_training
+from .run import TRAINERS, run_training
 from ..pipelines import load_pipeline
 from ..rewards import Scorer
 from ddpo_scratch.scorers.names import (
@@ -79,6 +79,7 @@ def prepare(
         eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
     except TypeError as error:
         raise ValueError(str(error)) from error
+    TRAINERS[config.algorithm].check_rewards(reward_fn, eval_rewards)
     for part in (*parts_of(reward_fn), *eval_rewards.values()):
         if isinstance(part, Scorer): part.ready()
     if config.push_to_hub: from_the_first(lambda: make_repo(config.push_to_hub))

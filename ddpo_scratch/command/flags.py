@@ -53,7 +53,7 @@ def read_config(
     return values
 
 # %% ../../nbs/practice/13_command.ipynb 30
-DESCRIPTION = """Train a text-to-image model on a reward with DDPO.
+DESCRIPTION = """Train a text-to-image model on a reward, with DDPO or with the reward's gradient.
 
 Without flags: the embedded emoji model learns to follow prompts, a few minutes on two CPU cores.
 `--preset blog`: Stable Diffusion 1.4 and the LAION aesthetic predictor, on a GPU.
@@ -105,7 +105,7 @@ def parse(
     first = argparse.ArgumentParser("ddpo_train", add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "name", "resume", "pipeline"): first.add_argument(f"--{name}")
     followed = ("buffer_size", "min_count", "samples_per_prompt", "num_samples_per_epoch",
-                "lora_rank", "lora_from")  # defaults of other settings depend on them
+                "lora_rank", "lora_from", "algorithm")  # defaults of others depend on them
     for name in followed:
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     given = {name: None if value == "None" else value
@@ -124,7 +124,7 @@ def parse(
     if not resume:
         changes.update({name: int(value) if value.isdecimal() else value
                         for name, value in given.items() if value and (
-                            value.isdecimal() or name == "lora_from")})
+                            value.isdecimal() or name in ("lora_from", "algorithm"))})
     pipeline = None if resume or preset else pipeline or changes.get("pipeline")
     found = None
     if pipeline and not {"-h", "--help"} & {*argv}:

@@ -22,6 +22,7 @@ from ..models.conditioning import Conditioning
 from ..sampling import Schedule
 from ..scorers.names import reward_weights
 from ..trainer.config import TrainerConfig
+from ..trainer.draft import decoded
 from ..trainer.gradient import Objective, Samples, step_losses
 from ..trainer.policy import Policy, check_is_meant
 from ..trainer.precision import averages_bytes
@@ -78,7 +79,7 @@ class Work:
         self.channels = self.network.config.in_channels // self.family.packed
         self.guided = config.cfg > 1 and self.family.guides
         with torch.device("meta"):
-            self.sampling, self.training = map(self.operations, (self.sample, self.train))
+            self.sampling, self.training = map(self.operations, (self.sample, self.learn))
         with self.fake:
             for module in self.modules: move_here(module)
             for weight in self.network.parameters():
@@ -87,7 +88,7 @@ class Work:
 
     def policy(self) -> Policy:
         "A policy of one step, with a schedule of the surrounding tensor mode."
-        pipe = SimpleNamespace(vae_scale_factor=self.factor)
+        pipe = SimpleNamespace(vae_scale_factor=self.factor, vae=self.vae)
         policy = Policy(pipe, 1, self.config.cfg, self.config.eta, self.config.sides,
                         self.precision)
         schedule = Schedule(*(torch.zeros(1) for _ in range(6)), "epsilon", None)
@@ -111,6 +112,18 @@ class Work:
         objective = Objective(
             config.clip_ratio, config.clip_advantages, config.beta, self.reference)
         step_losses(policy, samples, 0 * pairs, pairs, objective).loss.sum().backward()
+
+    def learn(self, policy, latents, cond) -> None:
+        (self.draft if self.config.algorithm == "draft" else self.train)(policy, latents, cond)
+
+    def draft(self, policy, latents, cond) -> None:
+        "The last steps and the decoder, with a gradient; without the reward."
+        x = latents[0]
+        for _ in range(self.config.draft_steps):
+            if self.config.beta > 0:
+                with torch.no_grad(): policy.step(x, 0, cond, self.reference)
+            x, _ = policy.step(x, 0, cond)
+        decoded(policy, x).sum().backward()
 
     def decode(self, policy, latents, cond) -> None:
         height, width = self.config.sides
@@ -146,7 +159,8 @@ def work_of(
     "The `Work` of a configuration, built once for all configurations with the same steps."
     made, adapter = configurations(config.pipeline), (config.lora_rank, config.lora_targets)
     key = repr((made, config.img_size, config.cfg > 1, config.mixed_precision, adapter,
-                config.gradient_checkpointing, config.beta > 0))
+                config.gradient_checkpointing, config.beta > 0,
+                (config.algorithm, config.draft_steps)))
     if key not in WORKS: WORKS[key] = Work(config, made)
     return WORKS[key]
 
@@ -198,11 +212,12 @@ def make_plan(
     trained = sum(p.numel() for p in work.network.parameters() if p.requires_grad)
     epoch = config.num_samples_per_epoch
     batch, at_a_time = min(config.batch_size, epoch), min(config.sample_batch_size, epoch)
-    steps = len(config.trained_steps)
-    at_once = min(config.micro_batch_size or batch, batch * steps)
+    draft = config.algorithm == "draft"
+    steps = config.draft_copies if draft else len(config.trained_steps)
+    at_once = min(config.micro_batch_size or batch, batch * (1 if draft else steps))
     peaks = {"sampling": work.peak(work.sample, at_a_time),
              "decoding": work.peak(work.decode, at_a_time),
-             "training": work.peak(work.train, at_once)}
+             "training": work.peak(work.learn, at_once)}
     if config.offload:
         for phase in ("sampling", "decoding"): peaks[phase] += size(work.vae)
         peaks["encoding prompts"] = size(*others)
@@ -214,13 +229,13 @@ def make_plan(
                    for weight in work.network.parameters() if weight.requires_grad)
     return Plan(
         trained, count(work.network, *others) - trained,
-        epoch * config.num_timesteps * work.sampling,
-        epoch * config.num_inner_epochs * steps * work.training,
+        epoch * (config.num_timesteps - (config.draft_steps if draft else 0)) * work.sampling,
+        epoch * (1 if draft else config.num_inner_epochs) * steps * work.training,
         {name: size(work.network), "its reference": size(*copies),
          "VAE and text encoders": 0 if config.offload else size(*others),
          "models of the rewards": sum(4 * REWARD_WEIGHTS.get(name, 0) for name in rewards),
          "gradients": 4 * trained, "AdamW's averages": averages},
-        peaks, 2 * 4 * epoch * (config.num_timesteps + 1) * latents)
+        peaks, 0 if draft else 2 * 4 * epoch * (config.num_timesteps + 1) * latents)
 
 # %% ../../nbs/practice/28_plan.ipynb 18
 GPUS = {  # NVIDIA: gigabytes; 10¹² operations a second in fp32 (as TF32) and in 16 bits

@@ -51,19 +51,15 @@ from ddpo_scratch.trainer.checkpoints import (
     write_file,
 )
 from ddpo_scratch.trainer.config import MAY_CHANGE, TrainerConfig
+from ddpo_scratch.trainer.ddpo import DDPOTrainer
+from ddpo_scratch.trainer.draft import DRaFTTrainer
 from ddpo_scratch.trainer.evaluation import all_scores, evaluate, fresh_prompts, no_reward, verdict
 from ddpo_scratch.trainer.lora import adapters_of
 from ddpo_scratch.trainer.policy import Ruined
 from ddpo_scratch.trainer.precision import arithmetic, in_its_own_type, on_the_cpu
 from ddpo_scratch.trainer.processes import from_the_first, gathered, print_once
 from ddpo_scratch.trainer.rollout import sampling_batches
-from ddpo_scratch.trainer.trainer import (
-    DDPOTrainer,
-    TrainingState,
-    check_rewards_of,
-    check_run,
-    policy_of,
-)
+from ddpo_scratch.trainer.trainer import TrainingState, check_run, policy_of
 from ddpo_scratch.training import EVALUATION, noise_sources
 
 # %% ../../nbs/practice/13_command.ipynb 19
@@ -180,6 +176,9 @@ def evaluate_after(
     return "\n".join(lines)
 
 # %% ../../nbs/practice/13_command.ipynb 26
+TRAINERS = {"ddpo": DDPOTrainer, "draft": DRaFTTrainer}
+
+
 def run_training(
     config: TrainerConfig,
     pipe: DiffusionPipeline,     # its UNet is trained in place
@@ -195,7 +194,7 @@ def run_training(
     `KeyboardInterrupt`. On an error other than `Ruined`, it saves a checkpoint and re-raises."""
     check_run(config, pipe)
     if eval_rewards is None: eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
-    check_rewards_of(reward_fn, eval_rewards)
+    TRAINERS[config.algorithm].check_rewards(reward_fn, eval_rewards)
     if config.push_to_hub: from_the_first(lambda: make_repo(config.push_to_hub))
     folder = Path(folder)
     config = what_ran(config, pipe, prompt_fn, reward_fn, eval_rewards)
@@ -238,7 +237,8 @@ def run_training(
         log = Log(config, folder, run["id"], len(state.history))
         with closing(log), stop_after_a_batch() as on_batch:
             try:
-                trainer = DDPOTrainer(config, pipe, prompt_fn, reward_fn, eval_rewards, state)
+                trainer = TRAINERS[config.algorithm](
+                    config, pipe, prompt_fn, reward_fn, eval_rewards, state)
                 trainer.train(on_epoch, on_batch)
                 on_batch()
             except Stopped:

@@ -42,13 +42,16 @@ def clip_pixels(
     squash: bool = False,    # resize to a square instead of cropping
     interpolation: str = "bicubic",
 ) -> torch.Tensor:           # [B, 3, side, side]
-    "CLIP's preprocessing as PIL does it: resize in two passes, rounded to 8 bits after each."
+    """CLIP's preprocessing as PIL does it: resize in two passes, rounded to 8 bits after each.
+
+    The gradient is that of the same without rounding."""
     height, width = images.shape[-2:]
     short = min(height, width)
     size = [side, side] if squash else [int(side * height / short), int(side * width / short)]
     for shape in ([height, size[1]], size):
         images = TF.resize(images, shape, InterpolationMode(interpolation), antialias=True)
-        images = (255 * images).round().clamp(0, 255) / 255
+        rounded = (255 * images.detach()).round().clamp(0, 255) / 255
+        images = images + (rounded - images.detach()) if images.requires_grad else rounded
     return TF.normalize(TF.center_crop(images, [side, side]), list(mean), list(std))
 
 

@@ -158,7 +158,7 @@ def state_from_dict(
     state.units, state.random, state.history = saved["units"], saved["random"], saved["history"]
     for name, value in saved["rollout"].items(): setattr(state.rollout, name, value)
     other_batches = saved["sample_batch_size"] != state.sample_batch_size
-    if sampling_is_shared(state) or (other_batches and state.rollout.advantages is None):
+    if sampling_is_shared(state) or (other_batches and not state.rollout.batches):
         state.rollout.samples = []
     set_random_states(saved["around"])
 
@@ -169,7 +169,7 @@ def sampling_is_shared(
     """Whether several processes sample, each its part of the epoch.
 
     These samples are not saved. They are sampled again with the same noise."""
-    return state.rollout.advantages is None and processes().num_processes > 1
+    return not state.rollout.batches and processes().num_processes > 1
 
 # %% ../../nbs/practice/25_checkpoints.ipynb 12
 def sha256_of(

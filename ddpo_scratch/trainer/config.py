@@ -104,7 +104,7 @@ def check_img_size(name, value):
 
 def check_rank(name, value):
     if not is_number(value, numbers.Integral, 0):
-        raise ValueError(f"{name} must be a whole number of at least 0 (no LoRA), not {value!r}.")
+        raise ValueError(f"{name} must be a whole number of at least 0 (none), not {value!r}.")
 
 
 def check_alpha(name, value):
@@ -202,6 +202,21 @@ class TrainerConfig(DDPOConfig):
         128, "work", "fresh images that judge the model before and after training",
         check_count)
 
+    algorithm: str = setting(
+        "ddpo", "learning", "ddpo, for any reward; draft, by the gradient of a reward that has one",
+        one_of("ddpo", "draft"))
+    draft_steps: int = setting(
+        1, "learning", "draft: K, how many of the last steps the gradient goes through",
+        check_count)
+    draft_random: bool = setting(
+        False, "learning", "draft: at each update through a random number of steps, at most K",
+        is_switch)
+    draft_copies: int = setting(
+        1, "learning", "draft: how often the last step is taken, from new noise, for less variance",
+        check_count)
+    draft_views: int = setting(
+        0, "learning", "draft: random views of an image that the reward sees; 0: the image itself",
+        check_rank)
     lora_rank: int = setting(
         0, "learning", "rank of the adapter that is trained in place of the UNet; 0: all weights",
         check_rank)
@@ -302,6 +317,12 @@ def check_together(
     if c.lora_from and not c.lora_rank:
         raise ValueError("lora_from wants lora_rank, lora_alpha and lora_targets to be those of "
                          "the adapter: use make_config, which reads them from it.")
+    if c.algorithm == "draft" and c.draft_steps > c.num_timesteps:
+        raise ValueError(f"draft_steps {c.draft_steps} is more than the {c.num_timesteps} steps of "
+                         "an image (num_timesteps).")
+    if c.draft_copies > 1 and c.draft_steps > 1:
+        raise ValueError(f"draft_copies {c.draft_copies} repeats the last step, and draft_steps "
+                         f"{c.draft_steps} trains the steps before it, too: set one of them to 1.")
     if c.which_steps:
         if max(c.trained_steps) >= c.num_timesteps or (
                 len({*c.trained_steps}) < len(c.trained_steps)):

@@ -13,9 +13,6 @@ from collections.abc import Callable
 
 import torch
 
-from ..models.conditioning import Conditioning
-from .gradient import Objective, Samples, step_losses
-from .policy import Policy
 from .precision import averages_bytes
 from .processes import processes
 
@@ -57,28 +54,19 @@ def fastest(
 
 # %% ../../nbs/practice/27_speed.ipynb 8
 def measured_micro_batch(
-    config,              # `TrainerConfig`
-    policy: Policy,
-    cond: Conditioning,  # of one prompt
-    reference: torch.nn.Module | None,  # for a penalty
-) -> int:                # pairs in a call
-    "Measure the fastest `micro_batch_size`, in pairs of a sample and a step. Leaves no gradient."
-    device, shape = policy.device, policy.latent_shape
+    config,                             # `TrainerConfig`
+    weights: list[torch.nn.Parameter],  # that are trained
+    trial: Callable[[int], None],       # forward and backward of a call of that size
+    most: int,                          # the largest size to try, as a multiple of a batch
+) -> int:
+    "Measure the fastest `micro_batch_size`. Leaves no gradient."
+    device = weights[0].device
     part = -(-min(config.batch_size, config.num_samples_per_epoch) // processes().num_processes)
     if device.type not in ("cpu", "cuda"): return part  # a clock alone cannot time others
-    weights = [weight for weight in policy.network.parameters() if weight.requires_grad]
     averages = torch.empty(  # AdamW allocates these later; their memory is reserved here
         sum(averages_bytes(weight.numel(), config.use_8bit_adam) for weight in weights),
         dtype=torch.uint8, device=device)
-    objective = Objective(config.clip_ratio, config.clip_advantages, config.beta, reference)
-
-    def call(count):
-        zeros, pairs = torch.zeros(count, device=device), torch.arange(count, device=device)
-        latents = torch.zeros(2, count, *shape, device=device)
-        samples = Samples(latents, zeros[None], zeros, cond[[0] * count])
-        step_losses(policy, samples, 0 * pairs, pairs, objective).loss.sum().backward()
-
-    count = fastest(call, part, part * len(config.trained_steps), device)  # not compiled
+    count = fastest(trial, part, part * most, device)  # not compiled
     for weight in weights: weight.grad = None
     del averages
     return count

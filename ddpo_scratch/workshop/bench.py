@@ -31,10 +31,10 @@ from ..command.figures import csv_text
 from ..config import DDPOConfig
 from ..pipelines import load_pipeline, pipeline_source
 from ..sampling import encode_prompts
-from ..trainer import policy, trainer
+from ..trainer import ddpo, policy
 from ..trainer.checkpoints import write_file
 from ..trainer.config import TrainerConfig
-from ..trainer.trainer import DDPOTrainer
+from ..trainer.ddpo import DDPOTrainer
 from ..training import train
 from .rehearsal import peak_memory
 
@@ -162,7 +162,7 @@ def run_epochs(
         for kept in (clock.seconds, calls, begun): kept.clear()
 
     if contender == "ours":
-        where, run, update = trainer.DDPOTrainer, ours, "batch_gradient"
+        where, run, update = ddpo.DDPOTrainer, ours, "batch_gradient"
         parts = {(policy.Policy, "sample"): "sampling", (policy.Policy, "decode"): "decoding"}
     else:
         where, run, update = training, plain, "compute_loss"

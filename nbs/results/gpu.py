@@ -15,11 +15,11 @@ from ddpo_scratch.command.figures import csv_text
 from ddpo_scratch.prompts import imagenet_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.trainer.checkpoints import write_file
+from ddpo_scratch.trainer.ddpo import DDPOTrainer
 from ddpo_scratch.trainer.gradient import Objective, Samples, step_losses
 from ddpo_scratch.trainer.policy import Policy
 from ddpo_scratch.trainer.presets import make_config
 from ddpo_scratch.trainer.speed import Compiled
-from ddpo_scratch.trainer.trainer import DDPOTrainer
 from ddpo_scratch.workshop.rehearsal import full_size
 
 DEVICE, FILE, rows = torch.device("cuda"), Path(__file__).with_name("gpu.csv"), []

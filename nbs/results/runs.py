@@ -52,9 +52,9 @@ from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.sampling import decoding_fn, sd_sample
 from ddpo_scratch.scorers.names import WeightedSum, make_reward
 from ddpo_scratch.trainer.checkpoints import write_file
+from ddpo_scratch.trainer.ddpo import DDPOTrainer
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts, no_reward
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
-from ddpo_scratch.trainer.trainer import DDPOTrainer
 from ddpo_scratch.training import EVALUATION, noise_sources
 from ddpo_scratch.workshop.drawings import BACKGROUNDS
 from ddpo_scratch.workshop.emoji_model import named_right

@@ -1,0 +1,320 @@
+"""Tests of chapter `nbs/practice/30_draft.ipynb`."""
+import copy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler
+
+from ddpo_scratch.animals import AnimalReward, RightAnimal
+from ddpo_scratch.command.plan import make_plan
+from ddpo_scratch.rewards import MLP, AestheticReward, JPEGCompressibility
+from ddpo_scratch.scorers.names import WeightedSum
+from ddpo_scratch.scorers.scorers import CLIPScore, clip_pixels
+from ddpo_scratch.trainer.checkpoints import Stopped, load_checkpoint, save_checkpoint
+from ddpo_scratch.trainer.draft import DRaFTTrainer, decoded, views
+from ddpo_scratch.trainer.policy import Policy
+from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
+from ddpo_scratch.trainer.trainer import TrainingState
+from ddpo_scratch.training import TRAINING, noise_sources
+from ddpo_scratch.workshop.twins import TWINS
+from helpers import ddpo_train, embedded, flat, last_line, redness, train, twin
+
+TINY = dict(algorithm="draft", draft_views=0, num_epochs=2, num_samples_per_epoch=6, batch_size=3,
+            num_timesteps=3, img_size=32, lr=1e-3, samples_per_prompt=1)
+
+
+class Bluish:
+    "A smooth reward, with and without a gradient, that notes what it is asked for."
+
+    def __init__(self):
+        self.asked = []
+
+    def differentiable(self, images, prompts):
+        self.asked.append((images.shape, list(prompts)))
+        rows = torch.linspace(0.2, 1.5, images.shape[-1], dtype=images.dtype)
+        return (torch.sin(3 * images[:, 2] * rows) - images[:, 0] ** 2).mean((1, 2))
+
+    def __call__(self, images, prompts):
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255
+        return self.differentiable(x, prompts)
+
+
+def made(pipe, reward_fn=None, prompts=("a fox", "an owl", "a cat"), **changes):
+    "A trainer whose epoch has begun."
+    config = make_config("emoji", **TINY | dict(micro_batch_size=3) | changes)
+    names = iter(list(prompts) * 100)
+    ours = DRaFTTrainer(config, pipe, lambda: next(names), reward_fn or Bluish())
+    ours.draw_prompts()
+    return ours
+
+
+def gradient_of(ours, part=(0, 1, 2)):
+    "Of these samples: all weights' in one vector, and what was measured."
+    for weight in ours.state.weights: weight.grad = None
+    _, measured = ours.part_gradient(0, torch.tensor(part), 1.0)
+    return torch.cat([weight.grad.flatten() for weight in ours.state.weights]), measured
+
+
+def rewards_by_hand(pipe, before, steps, trained, copies=1):
+    "By `diffusers`' own step: the untrained network first, `pipe`'s in the last steps."
+    noise = noise_sources(0, TRAINING, range(3))
+    scheduler, x = DDIMScheduler.from_config(pipe.scheduler.config), None
+    scheduler.set_timesteps(steps)
+    ids = pipe.tokenizer(["a fox", "an owl", "a cat"], padding="max_length",
+                         return_tensors="pt").input_ids
+    words = pipe.text_encoder(ids)[0]
+    def draw(): return torch.stack([torch.randn(4, 4, 4, generator=g, dtype=torch.float64)
+                                    for g in noise])
+    def step_of(unet, x, t): return scheduler.step(
+        unet(x, t, encoder_hidden_states=words).sample, t, x, eta=1.0,
+        variance_noise=draw()).prev_sample
+    def worth(x):
+        images = (pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+        return Bluish().differentiable(images.float(), []).double().mean()
+    x = draw()
+    for i, t in enumerate(scheduler.timesteps):
+        x = step_of(pipe.unet if i >= steps - trained else before.unet, x, t)
+    found = worth(x)
+    for _ in range(copies - 1):
+        last = before_last = scheduler.timesteps[-1]
+        alpha = scheduler.alphas_cumprod[last].double()
+        again = alpha.sqrt() * x.detach() + (1 - alpha).sqrt() * draw()
+        found = found + worth(step_of(pipe.unet, again, before_last))
+    return found / copies
+
+
+@pytest.mark.parametrize("trained, copies", ((1, 1), (2, 1), (3, 1), (1, 3)))
+def test_the_gradient_is_that_of_the_last_steps(trained, copies):
+    "Against another implementation in float64, and against finite differences of its rewards."
+    pipe = twin("sd2").to(torch.float64)
+    pipe.scheduler = DDIMScheduler.from_config(  # so that theirs lands where the next step begins
+        pipe.scheduler.config, timestep_spacing="leading", rescale_betas_zero_snr=False)
+    ours, measured = gradient_of(made(pipe, draft_steps=trained, draft_copies=copies))
+    before, weights = copy.deepcopy(pipe), [*pipe.unet.parameters()]
+    value = rewards_by_hand(pipe, before, 3, trained, copies)
+    theirs = torch.cat([g.flatten() for g in torch.autograd.grad(value, weights)])
+    assert measured["loss"] == pytest.approx(-value.item(), rel=1e-5)
+    assert (ours + theirs).norm() < 1e-4 * theirs.norm()
+    if copies > 1: return  # the image that gets noise again would move, too
+    direction = -ours / ours.norm()
+    def moved(by):
+        other = copy.deepcopy(pipe)
+        with torch.no_grad():
+            for p, d in zip(other.unet.parameters(),
+                            direction.split([p.numel() for p in weights])):
+                p += by * d.view_as(p)
+            return rewards_by_hand(other, before, 3, trained).item()
+    slope = (moved(1e-3) - moved(-1e-3)) / 2e-3
+    assert slope == pytest.approx(ours.norm().item(), rel=1e-2) and slope > 0
+
+
+def test_micro_batches_and_checkpointing_change_nothing():
+    "Samples one by one, guided, with a penalty and views; less memory."
+    settings = dict(cfg=3.0, beta=0.5, draft_views=2, draft_steps=2)
+    def whole(**changes):
+        trainer = made(twin("sd2").to(torch.float64), **settings | changes)
+        with torch.no_grad():
+            for i, weight in enumerate(trainer.state.weights):
+                g = torch.Generator().manual_seed(i)
+                weight += 1e-2 * torch.randn(weight.shape, generator=g, dtype=weight.dtype)
+        for weight in trainer.state.weights: weight.grad = None
+        measured = trainer.batch_gradient(0, torch.arange(3))
+        return torch.cat([w.grad.flatten() for w in trainer.state.weights]), measured
+    ours, measured = whole()
+    assert measured["ref_kl"] > 0
+    for changes in (dict(micro_batch_size=1), dict(gradient_checkpointing=True)):
+        theirs, same = whole(**changes)
+        assert (ours - theirs).norm() < 1e-6 * ours.norm(), changes
+        assert same == pytest.approx(measured, rel=1e-6)
+
+
+def test_random_truncation():
+    "A number of steps for each update, the same after a stop; every number comes up."
+    ours, seen = made(twin("sd2"), draft_steps=3, draft_random=True), []
+    for _ in range(40):
+        seen.append(ours.trained_steps())
+        assert ours.trained_steps() == seen[-1]
+        ours.state.rollout.updates.append({})
+    assert {*seen} == {1, 2, 3}
+    assert made(twin("sd2"), draft_steps=3).trained_steps() == 3
+
+
+def test_views():
+    "A mean over random ones; an image's do not depend on its neighbours; they have a gradient."
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    def shown(which): return views(images[which], noise_sources(0, TRAINING, which), 5)
+    whole = shown([0, 1, 2])
+    assert whole.shape == (15, 3, 16, 16) and 0 <= whole.min() and whole.max() <= 1
+    torch.testing.assert_close(whole[5:10], shown([1]), rtol=0, atol=1e-6)
+    assert len({*whole.flatten(1).mean(1).tolist()}) == 15
+    images.requires_grad_()
+    shown([0, 1, 2]).sum().backward()
+    assert (images.grad.flatten(1).abs().mean(1) > 0.5).all()
+    flat_ones = torch.full((64, 3, 16, 16), 0.5)
+    grey = views(flat_ones, noise_sources(1, TRAINING, range(64)), 4)
+    assert abs(grey.mean() - 0.5) < 0.01 and 0.04 < grey.std() < 0.12
+    reward = Bluish()
+    made(twin("sd2"), reward, draft_views=4).part_gradient(0, torch.arange(2), 1.0)
+    (shape, prompts), = reward.asked
+    assert shape[0] == 8 and prompts == ["a fox"] * 4 + ["an owl"] * 4
+
+
+def test_decoding_is_the_tutorials():
+    "Except for the rounding."
+    pipe = embedded()
+    policy = Policy(pipe, 4, 1.0, 1.0, (64, 64))
+    latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    ours = decoded(policy, latents).detach().permute(0, 2, 3, 1).numpy()
+    assert np.abs(255 * ours - policy.decode(latents)).max() <= 0.501
+
+
+def small_clip():
+    torch.manual_seed(0)
+    return open_clip.CLIP(
+        768, open_clip.CLIPVisionCfg(layers=1, width=64, head_width=32, patch_size=32,
+                                     image_size=224),
+        open_clip.CLIPTextCfg(width=64, heads=2, layers=1)).eval()
+
+
+def slopes(worth, images, far):
+    "Along the smoothed gradient: by the gradient, and by finite differences."
+    images = images.clone().requires_grad_()
+    slope, = torch.autograd.grad(worth(images).sum(), images)
+    direction = F.interpolate(F.adaptive_avg_pool2d(slope, 4), images.shape[-2:], mode="bilinear")
+    direction /= direction.abs().max()
+    with torch.no_grad():
+        apart = worth(images + far * direction) - worth(images - far * direction)
+    return (slope * direction).sum().item(), (apart.sum() / (2 * far)).item()
+
+
+def test_rewards_have_the_gradient_of_their_values():
+    "The real classes, with weights of their own: aesthetic, CLIP score, the animal classifier."
+    images = 0.3 + 0.4 * torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    images = F.interpolate(images, (90, 70), mode="bicubic").clamp(0.1, 0.9)
+    aesthetic, clip_score = AestheticReward("cpu"), CLIPScore("cpu", model="ViT-B-32")
+    aesthetic.clip_model, aesthetic.aesthetic_model = small_clip(), MLP(768).eval()
+    aesthetic.preprocess, aesthetic.loaded = open_clip.image_transform(224, is_train=False), True
+    clip_score.clip_model, clip_score.loaded = small_clip(), True
+    clip_score.clip_model.visual.preprocess_cfg = dict(
+        size=224, mean=open_clip.OPENAI_DATASET_MEAN, std=open_clip.OPENAI_DATASET_STD,
+        interpolation="bicubic", resize_mode="shortest")
+    clip_score.tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    prompts = ["a fox", "an owl"]
+    for reward, far in ((aesthetic, 0.01), (AnimalReward("cpu").ready(), 2e-4),
+                        (clip_score, 0.03)):  # which rounds to levels of 0.004
+        def worth(x): return reward.differentiable(x, prompts)
+        for p in reward.parameters(): p.requires_grad_(False)
+        torch.testing.assert_close(worth(images), reward(images, prompts), rtol=0.02, atol=0.02)
+        along, apart = slopes(worth, images, far)
+        assert along == pytest.approx(apart, rel=0.1) and along > 0, type(reward)
+
+
+def test_clips_pixels_keep_their_values():
+    "With a gradient to the last bits the same pixels; the gradient is not that of the rounding, 0."
+    x = torch.rand(1, 3, 50, 40, generator=torch.Generator().manual_seed(0))
+    args = 32, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    plain, y = clip_pixels(x, *args), clip_pixels(x.requires_grad_(), *args)
+    torch.testing.assert_close(y, plain, rtol=0, atol=1e-5)
+    y.sum().backward()
+    assert x.grad.abs().sum() > 1
+
+
+def test_rewards_without_a_gradient_are_refused(tmp_path):
+    "Before anything is drawn, with the list of those that have one."
+    pipe = twin("sd2")
+    for reward in (JPEGCompressibility(), RightAnimal("cpu"), redness, WeightedSum(
+            {"a": Bluish(), "b": redness}, {"a": 1.0, "b": 1.0})):
+        with pytest.raises(ValueError, match="has no gradient.*animal, clip_score and pickscore"):
+            made(pipe, reward)
+    done = ddpo_train(tmp_path, "--algorithm=draft", "--reward=jpeg_compressibility")
+    assert "JPEGCompressibility has no gradient" in last_line(done)
+    assert not (tmp_path / "runs").exists()
+    for changes, match in ((dict(draft_steps=4), "draft_steps 4 is more than the 3 steps"),
+                           (dict(draft_steps=2, draft_copies=2), "set one of them to 1"),
+                           (dict(draft_views=-1), "draft_views must be a whole number of at lea"),
+                           (dict(algorithm="nft"), "algorithm must be 'ddpo' or 'draft'")):
+        with pytest.raises(ValueError, match=match): make_config("emoji", **TINY | changes)
+
+
+def test_the_steps_before_are_not_trained():
+    "Without steps of its own memory: the graph holds K calls of the network."
+    pipe, calls = twin("sd2"), []
+    pipe.unet.register_forward_hook(
+        lambda module, args, output: calls.append(output[0].requires_grad))
+    gradient_of(made(pipe, draft_steps=2))
+    assert calls == [False, True, True]
+    assert all(p.grad is None for part in (pipe.vae, pipe.text_encoder) for p in part.parameters())
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_every_family(name):
+    "With an adapter, a penalty, guidance, a sum of two rewards: finite numbers, weights that move."
+    pipe = twin(name)
+    reward = WeightedSum({"blue": Bluish(), "other": Bluish()}, {"blue": 1.0, "other": -0.5})
+    config = make_config("emoji", **TINY | dict(
+        lora_rank=2, beta=0.1, cfg=1.0 if name == "flux-schnell" else 2.0,
+        eta=0.25 if "sd3" in name or "flux" in name else 1.0, draft_steps=2, draft_views=2))
+    state = TrainingState(config, pipe)
+    before = [weight.detach().clone() for weight in state.weights]
+    history = train(config, pipe, lambda: "a fox", reward, eval_rewards={"red": redness},
+                    state=state)
+    assert {"reward_blue", "reward_other", "eval_red", "ref_kl"} <= {*history[-1]}
+    assert "clip_fraction" not in history[-1]
+    assert all(np.isfinite([*row.values()]).all() for row in history)
+    assert any((weight - old).abs().max() > 1e-4 for weight, old in zip(state.weights, before))
+
+
+def test_a_run_goes_on_after_any_batch():
+    "Random truncation, views, a sum: the same weights and rows to the last bit."
+    kinds = (dict(draft_steps=3, draft_random=True, draft_views=2),
+             dict(draft_copies=2, lora_rank=2, beta=0.1, mixed_precision="bf16"))
+    for kind in kinds:
+        config = make_config("emoji", **TINY | kind)
+        def run(stop=None, checkpoint=None):
+            pipe, done = twin("sd2"), []
+            state = TrainingState(config, pipe)
+            if checkpoint: load_checkpoint(checkpoint, pipe, state)
+            def on_batch():
+                done.append(1)
+                if len(done) == stop: raise Stopped("SIGTERM")
+            reward = WeightedSum({"blue": Bluish(), "more": Bluish()}, {"blue": 1, "more": 0.5})
+            try:
+                train(config, pipe, make_prompt_fn("emoji_animal_prompts"), reward,
+                      on_batch=on_batch, state=state)
+            except Stopped: pass
+            return pipe, state
+        whole, state = run()
+        for stop in (1, 2, 3):
+            with TemporaryDirectory() as folder:
+                pipe, cut = run(stop)
+                again, resumed = run(checkpoint=save_checkpoint(Path(folder), 1, pipe, cut, {}))
+            assert torch.equal(flat(again), flat(whole)), (kind, stop)
+            for ours, theirs in zip(resumed.history, state.history, strict=True):
+                assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+
+
+def test_the_plan_counts_the_last_steps():
+    "K calls with a gradient, T − K without; no trajectories; more memory for more steps."
+    few = dict(algorithm="draft", num_samples_per_epoch=4, batch_size=4, micro_batch_size=4)
+    one, two, ddpo = (make_plan(make_config("emoji", **few | changes)) for changes in (
+        {}, dict(draft_steps=2), dict(algorithm="ddpo", samples_per_prompt=1)))
+    assert one.trajectories == 0 < ddpo.trajectories
+    assert one.sampling == pytest.approx(ddpo.sampling * 7 / 8, rel=0.01)
+    assert two.sampling == pytest.approx(ddpo.sampling * 6 / 8, rel=0.01)
+    assert 1.2 * one.peaks["training"] < two.peaks["training"]
+    step = ddpo.sampling / 8
+    assert two.training - one.training == pytest.approx(3 * step, rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_reward_rises():
+    "The embedded model, ten updates: half a standard deviation and more."
+    config = make_config("emoji", algorithm="draft", num_epochs=2, num_samples_per_epoch=80,
+                         batch_size=16, lr=2e-4)
+    history = train(config, embedded(), make_prompt_fn(config.prompts), AnimalReward("cpu"))
+    assert history[1]["reward_mean"] > history[0]["reward_mean"] + 0.5
