@@ -22,26 +22,10 @@ from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.trainer.trainer import TrainingState
 from ddpo_scratch.training import TRAINING, noise_sources
 from ddpo_scratch.workshop.twins import TWINS
-from helpers import ddpo_train, embedded, flat, last_line, redness, train, twin
+from helpers import Bluish, ddpo_train, embedded, flat, last_line, redness, train, twin
 
 TINY = dict(algorithm="draft", draft_views=0, num_epochs=2, num_samples_per_epoch=6, batch_size=3,
             num_timesteps=3, img_size=32, lr=1e-3, samples_per_prompt=1)
-
-
-class Bluish:
-    "A smooth reward, with and without a gradient, that notes what it is asked for."
-
-    def __init__(self):
-        self.asked = []
-
-    def differentiable(self, images, prompts):
-        self.asked.append((images.shape, list(prompts)))
-        rows = torch.linspace(0.2, 1.5, images.shape[-1], dtype=images.dtype)
-        return (torch.sin(3 * images[:, 2] * rows) - images[:, 0] ** 2).mean((1, 2))
-
-    def __call__(self, images, prompts):
-        x = torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255
-        return self.differentiable(x, prompts)
 
 
 def made(pipe, reward_fn=None, prompts=("a fox", "an owl", "a cat"), **changes):
@@ -75,7 +59,7 @@ def rewards_by_hand(pipe, before, steps, trained, copies=1):
         variance_noise=draw()).prev_sample
     def worth(x):
         images = (pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-        return Bluish().differentiable(images.float(), []).double().mean()
+        return Bluish().differentiable(images, []).mean()
     x = draw()
     for i, t in enumerate(scheduler.timesteps):
         x = step_of(pipe.unet if i >= steps - trained else before.unet, x, t)

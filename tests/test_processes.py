@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
+from ddpo_scratch.scorers.names import WeightedSum
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts
 from ddpo_scratch.trainer.presets import make_config
 from ddpo_scratch.trainer.processes import (
@@ -20,7 +21,7 @@ from ddpo_scratch.trainer.processes import (
     sum_gradients,
 )
 from ddpo_scratch.trainer.trainer import TrainingState
-from helpers import Started, as_flags, flat, forks, opened, train
+from helpers import Bluish, Started, as_flags, flat, forks, opened, train
 
 
 def ranks(count):
@@ -104,6 +105,33 @@ def test_the_number_of_processes_does_not_show(model, twins, tmp_path):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
         assert torch.equal(first[2], second[2])  # the two have the same weights to the last bit
         assert one[0][0]["clip_fraction"] > 0 and one[0][-1]["ref_kl"] > 0
+
+
+def draft(source, folder):
+    "Through random steps, with a penalty, views, and a sum whose units are not known yet."
+    config = make_config("emoji", algorithm="draft", **FEW | dict(
+        num_samples_per_epoch=7, lr=1e-3, beta=0.01, draft_steps=2, draft_random=True,
+        draft_views=2, micro_batch_size=2, num_timesteps=3))
+    pipe, names = opened(source).to(torch.float64), iter(range(1000))
+    reward = WeightedSum({"blue": Bluish(), "other": Bluish()}, {"blue": 1.0, "other": 0.5})
+    history = train(config, pipe, lambda: f"animal {next(names) % 5}", reward,
+                    eval_rewards={"bright": brightness})
+    place = f"{folder}/draft-{processes().num_processes}-{processes().process_index}.pt"
+    torch.save([history, flat(pipe)], place)
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_does_not_show_in_draft(twins, tmp_path):
+    "One process and two: the same rows, and the same weights to 0.00001."
+    for count in (1, 2):
+        codes, said = launch(count, draft, twins["sd2"], str(tmp_path))
+        assert codes == [0] * count, said
+    one, first, second = (torch.load(tmp_path / f"draft-{name}.pt", weights_only=True)
+                          for name in ("1-0", "2-0", "2-1"))
+    assert torch.equal(first[1], second[1])
+    torch.testing.assert_close(one[1], first[1], rtol=0, atol=1e-5)
+    for ours, theirs in zip(one[0], first[0], strict=True):
+        assert ours | {"seconds": 0} == pytest.approx(theirs | {"seconds": 0}, rel=1e-5)
 
 
 def by_chance(images, prompts):

@@ -29,12 +29,13 @@ from .trainer import Trainer, averages
 def decoded(
     policy: Policy,
     latents: torch.Tensor,  # clean ones, [B, C, h, w]
-) -> torch.Tensor:          # images, float32, [B, 3, H, W], from 0 to 1
+) -> torch.Tensor:          # images, at least float32, [B, 3, H, W], from 0 to 1
     "The tutorial's `decoding_fn` with a gradient, and without rounding."
     vae = policy.pipe.vae
     latents = latents.to(vae.dtype) / vae.config.scaling_factor
     images = vae.decode(latents + (vae.config.get("shift_factor") or 0)).sample
-    return (images.float() / 2 + 0.5).clamp(0, 1)
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    return (images / 2 + 0.5).clamp(0, 1)
 
 # %% ../../nbs/practice/30_draft.ipynb 7
 def check_differentiable(
@@ -58,16 +59,16 @@ def views(
 ) -> torch.Tensor:                      # [B * V, 3, H, W]; those of an image follow each other
     "Each image moved, scaled, turned, mirrored, lighter or darker, and noisy, at random."
     def drawn(kind, *shape): return torch.cat([
-        kind(count, *shape, generator=g) for g in generators]).to(images.device)
+        kind(count, *shape, generator=g) for g in generators]).to(images)
     size, turn, x, y, light, contrast, side = (2 * drawn(torch.rand, 7) - 1).unbind(1)
-    size, turn, side = 1 + 0.15 * size, 0.2 * turn, side.sign()  # radians
-    rows = [size * turn.cos() * side, -size * turn.sin(), 0.15 * x,
-            size * turn.sin() * side, size * turn.cos(), 0.15 * y]
+    size, turn, side = 1 + 0.1 * size, 0.1 * turn, side.sign()  # radians
+    rows = [size * turn.cos() * side, -size * turn.sin(), 0.08 * x,
+            size * turn.sin() * side, size * turn.cos(), 0.08 * y]
     copies = images.repeat_interleave(count, 0)
     grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(copies.shape), False)
     moved = F.grid_sample(copies, grid, padding_mode="border", align_corners=False)
-    gain, shift = 1 + 0.2 * contrast.view(-1, 1, 1, 1), 0.1 * light.view(-1, 1, 1, 1)
-    noise = 0.05 * drawn(torch.randn, *images.shape[1:])
+    gain, shift = 1 + 0.15 * contrast.view(-1, 1, 1, 1), 0.05 * light.view(-1, 1, 1, 1)
+    noise = 0.03 * drawn(torch.randn, *images.shape[1:])
     return ((moved - 0.5) * gain + 0.5 + shift + noise).clamp(0, 1)
 
 # %% ../../nbs/practice/30_draft.ipynb 13

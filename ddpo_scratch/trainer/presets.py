@@ -77,7 +77,7 @@ PRESETS: dict[str, TrainerConfig] = {
         beta=1e-3, buffer_size=24, min_count=12, sample_batch_size=8, micro_batch_size=8,
         offload=True),
 }
-EMOJI_DRAFT = dict(num_epochs=6, samples_per_prompt=1, lr=1e-4, draft_views=4)
+EMOJI_DRAFT = dict(num_epochs=8, samples_per_prompt=1, lr=1e-4, anneal_lr=True, draft_views=4)
 PRESETS["flux"] = replace(
     PRESETS["sd35"], pipeline="black-forest-labs/FLUX.1-dev", mixed_precision="bf16",
     num_timesteps=6, cfg=3.5, eta=0.9, beta=0.0, clip_ratio=1e-3, sample_batch_size=3,
