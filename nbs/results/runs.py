@@ -10,6 +10,7 @@ whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `evaluations` at 
 
     ddpo_train --seed N --samples_per_prompt 1 --name queueN
     ddpo_train --lora_rank 8 --name lora                          (its metrics.csv is lora.csv)
+    ddpo_train --algorithm draft --seed N --name draftN           (theirs are draftN.csv)
 
 and `flow` at `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`, N 0 and 1.
 `plans` computes what the presets for large models take. The pictures of `gamed` were reduced to 256
