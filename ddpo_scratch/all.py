@@ -19,6 +19,7 @@ from .trainer.checkpoints import Stopped
 from .trainer.lora import *
 from .trainer.trainer import *
 from .trainer.ddpo import DDPOTrainer
+from .trainer.draft import *
 from .trainer.trainer import TrainingState
 from .trainer.evaluation import *
 from .command.run import run_training

@@ -176,7 +176,7 @@ def evaluate_after(
     return "\n".join(lines)
 
 # %% ../../nbs/practice/13_command.ipynb 26
-TRAINERS = {"ddpo": DDPOTrainer, "draft": DRaFTTrainer}
+TRAINERS = {kind.algorithm: kind for kind in (DDPOTrainer, DRaFTTrainer)}
 
 
 def run_training(

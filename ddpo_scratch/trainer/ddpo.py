@@ -26,6 +26,7 @@ from ddpo_scratch.training import equal_batches
 # %% ../../nbs/practice/18_trainer.ipynb 16
 class DDPOTrainer(Trainer):
     "Trains a pipeline with DDPO (Black et al. 2023, DDPO-IS)."
+    algorithm = "ddpo"
 
     def learn(self, epoch: int, on_batch: Callable[[], None]) -> dict[str, torch.Tensor]:
         self.roll_out(epoch, on_batch)

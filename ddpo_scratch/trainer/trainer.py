@@ -183,6 +183,7 @@ class Trainer:
     The constructor adds the LoRA adapter that `config` describes. It ignores the names in `config`
     (pipeline, prompts, reward, eval_rewards) and uses its arguments. It writes no files: see
     `run_training`, or `pipe.save_pretrained` and `save_lora`."""
+    algorithm: str  # a subclass's, as in `TrainerConfig`
 
     def __init__(
         self,
@@ -196,6 +197,9 @@ class Trainer:
         if not isinstance(config, TrainerConfig):
             raise TypeError(f"config is a TrainerConfig, such as make_config('blog'), not a "
                             f"{type(config).__name__}.")
+        if config.algorithm != self.algorithm:
+            raise ValueError(f"config.algorithm is {config.algorithm!r}, and a "
+                             f"{type(self).__name__} is for {self.algorithm!r}.")
         self.check_rewards(reward_fn, eval_rewards)
         self.config, self.pipe, self.reward_fn = config, pipe, reward_fn
         self.eval_rewards, self.policy = eval_rewards, policy_of(config, pipe)
