@@ -141,8 +141,8 @@ class Scorer(nn.Module):
         return self
 
     def differentiable(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        "The same of images that have a gradient: rewards [B] with one."
-        return self.ready().score(images, prompts)
+        "Rewards [B] that can be back-propagated to the images."
+        return self.ready().score(picture_tensor(images, self.device), prompts)
 
     @torch.no_grad()
     def forward(self, images: np.ndarray | torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -188,6 +188,7 @@ class AestheticReward(Scorer):
                                  aesthetic_model_normalize, self.aesthetic_model)
 
     def differentiable(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        images = picture_tensor(images, self.device)
         for step in self.ready().preprocess.transforms:
             if isinstance(step, nn.Module): images = step(images)  # the others are for PIL's
         embeddings = self.clip_model.encode_image(images.to(self.dtype)).float()

@@ -19,7 +19,7 @@ from ddpo_scratch.trainer.checkpoints import Stopped, load_checkpoint, save_chec
 from ddpo_scratch.trainer.ddpo import DDPOTrainer
 from ddpo_scratch.trainer.draft import DRaFTTrainer, decoded, views
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts
-from ddpo_scratch.trainer.policy import Policy
+from ddpo_scratch.trainer.policy import Policy, Ruined
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.trainer.trainer import TrainingState
 from ddpo_scratch.training import TRAINING, noise_sources
@@ -42,68 +42,84 @@ def made(pipe, reward_fn=None, prompts=("a fox", "an owl", "a cat"), **changes):
 def gradient_of(ours, part=(0, 1, 2)):
     "Of these samples: all weights' in one vector, and what was measured."
     for weight in ours.state.weights: weight.grad = None
-    _, measured = ours.part_gradient(0, torch.tensor(part), 1.0)
+    _, measured, _ = ours.part_gradient(0, torch.tensor(part), 1.0, ours.config.draft_steps)
     return torch.cat([weight.grad.flatten() for weight in ours.state.weights]), measured
 
 
-def rewards_by_hand(pipe, before, steps, trained, copies=1):
-    "By `diffusers`' own step: the untrained network first, `pipe`'s in the last steps."
+def loss_by_hand(pipe, before, steps, trained, copies=1, beta=0.0, reference=None):
+    "By `diffusers`' own step: the network `before` first, `pipe`'s in the last steps."
     noise = noise_sources(0, TRAINING, range(3))
-    scheduler, x = DDIMScheduler.from_config(pipe.scheduler.config), None
+    scheduler, x, found = DDIMScheduler.from_config(pipe.scheduler.config), None, []
     scheduler.set_timesteps(steps)
     ids = pipe.tokenizer(["a fox", "an owl", "a cat"], padding="max_length",
                          return_tensors="pt").input_ids
     words = pipe.text_encoder(ids)[0]
     def draw(): return torch.stack([torch.randn(4, 4, 4, generator=g, dtype=torch.float64)
                                     for g in noise])
-    def step_of(unet, x, t): return scheduler.step(
+    def step_of(unet, x, t, noise): return scheduler.step(
         unet(x, t, encoder_hidden_states=words).sample, t, x, eta=1.0,
-        variance_noise=draw()).prev_sample
+        variance_noise=noise).prev_sample
+    def penalty(x, t):
+        if not beta: return 0.0
+        means = [step_of(unet, x.detach(), t, 0 * x) for unet in (pipe.unet, reference.unet)]
+        variance = scheduler._get_variance(t, t - 1000 // steps)
+        return beta * ((means[0] - means[1]) ** 2 / (2 * variance)).mean()
     def worth(x):
         images = (pipe.vae.decode(x / pipe.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
         return Bluish().differentiable(images, []).mean()
-    x = draw()
+    x, loss = draw(), 0.0
     for i, t in enumerate(scheduler.timesteps):
-        x = step_of(pipe.unet if i >= steps - trained else before.unet, x, t)
-    found = worth(x)
+        is_trained = i >= steps - trained
+        if is_trained: loss = loss + penalty(x, t)
+        x = step_of(pipe.unet if is_trained else before.unet, x, t, draw())
+    found.append(loss - worth(x))
     for _ in range(copies - 1):
-        last = before_last = scheduler.timesteps[-1]
-        alpha = scheduler.alphas_cumprod[last].double()
+        alpha = scheduler.alphas_cumprod[t].double()
         again = alpha.sqrt() * x.detach() + (1 - alpha).sqrt() * draw()
-        found = found + worth(step_of(pipe.unet, again, before_last))
-    return found / copies
+        found.append(penalty(again, t) - worth(step_of(pipe.unet, again, t, draw())))
+    return sum(found) / copies
 
 
-@pytest.mark.parametrize("trained, copies", ((1, 1), (2, 1), (3, 1), (1, 3)))
-def test_the_gradient_is_that_of_the_last_steps(trained, copies):
-    "Against another implementation in float64, and against finite differences of its rewards."
+@pytest.mark.parametrize("trained, copies, beta", (
+    (1, 1, 0.0), (2, 1, 0.0), (3, 1, 0.0), (1, 3, 0.0), (2, 1, 3.0), (1, 2, 3.0)))
+def test_the_gradient_is_that_of_the_last_steps(trained, copies, beta):
+    "Against another implementation in float64, and against finite differences of its loss."
     pipe = twin("sd2").to(torch.float64)
     pipe.scheduler = DDIMScheduler.from_config(  # so that theirs lands where the next step begins
         pipe.scheduler.config, timestep_spacing="leading", rescale_betas_zero_snr=False)
-    ours, measured = gradient_of(made(pipe, draft_steps=trained, draft_copies=copies))
-    before, weights = copy.deepcopy(pipe), [*pipe.unet.parameters()]
-    value = rewards_by_hand(pipe, before, 3, trained, copies)
+    reference = copy.deepcopy(pipe)
+    trainer = made(pipe, draft_steps=trained, draft_copies=copies, beta=beta)
+    weights = trainer.state.weights
+    with torch.no_grad():
+        for i, weight in enumerate(weights):
+            g = torch.Generator().manual_seed(i)
+            weight += 1e-2 * torch.randn(weight.shape, generator=g, dtype=weight.dtype)
+    ours, measured = gradient_of(trainer)
+    before = copy.deepcopy(pipe)
+    settings = before, 3, trained, copies, beta, reference
+    value = loss_by_hand(pipe, *settings)
     theirs = torch.cat([g.flatten() for g in torch.autograd.grad(value, weights)])
-    assert measured["loss"] == pytest.approx(-value.item(), rel=1e-5)
-    assert (ours + theirs).norm() < 1e-4 * theirs.norm()
-    if copies > 1: return  # the image that gets noise again would move, too
-    direction = -ours / ours.norm()
+    assert measured["loss"] == pytest.approx(value.item(), rel=1e-5)
+    assert (measured["ref_kl"] > 1e-6) == (beta > 0)
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+    if copies > 1 or beta: return  # the latents that are held there would move, too
+    direction = ours / ours.norm()
     def moved(by):
         other = copy.deepcopy(pipe)
         with torch.no_grad():
             for p, d in zip(other.unet.parameters(),
                             direction.split([p.numel() for p in weights])):
                 p += by * d.view_as(p)
-            return rewards_by_hand(other, before, 3, trained).item()
+            return loss_by_hand(other, *settings).item()
     slope = (moved(1e-3) - moved(-1e-3)) / 2e-3
     assert slope == pytest.approx(ours.norm().item(), rel=1e-2) and slope > 0
 
 
 def test_micro_batches_and_checkpointing_change_nothing():
     "Samples one by one, guided, with a penalty and views; less memory."
-    settings = dict(cfg=3.0, beta=0.5, draft_views=2, draft_steps=2)
     def whole(**changes):
-        trainer = made(twin("sd2").to(torch.float64), **settings | changes)
+        settings = dict(cfg=3.0, beta=0.5, draft_views=2) | changes
+        trainer = made(twin("sd2").to(torch.float64), **settings)
         with torch.no_grad():
             for i, weight in enumerate(trainer.state.weights):
                 g = torch.Generator().manual_seed(i)
@@ -111,12 +127,13 @@ def test_micro_batches_and_checkpointing_change_nothing():
         for weight in trainer.state.weights: weight.grad = None
         measured = trainer.batch_gradient(0, torch.arange(3))
         return torch.cat([w.grad.flatten() for w in trainer.state.weights]), measured
-    ours, measured = whole()
-    assert measured["ref_kl"] > 0
-    for changes in (dict(micro_batch_size=1), dict(gradient_checkpointing=True)):
-        theirs, same = whole(**changes)
-        assert (ours - theirs).norm() < 1e-6 * ours.norm(), changes
-        assert same == pytest.approx(measured, rel=1e-6)
+    for kind in (dict(draft_steps=2), dict(draft_copies=2)):
+        ours, measured = whole(**kind)
+        assert measured["ref_kl"] > 0
+        for changes in (dict(micro_batch_size=1), dict(gradient_checkpointing=True)):
+            theirs, same = whole(**kind, **changes)
+            assert (ours - theirs).norm() < 1e-6 * ours.norm(), changes
+            assert same == pytest.approx(measured, rel=1e-6)
 
 
 def test_random_truncation():
@@ -145,7 +162,7 @@ def test_views():
     grey = views(flat_ones, noise_sources(1, TRAINING, range(64)), 4)
     assert abs(grey.mean() - 0.5) < 0.01 and 0.04 < grey.std() < 0.12
     reward = Bluish()
-    made(twin("sd2"), reward, draft_views=4).part_gradient(0, torch.arange(2), 1.0)
+    made(twin("sd2"), reward, draft_views=4).part_gradient(0, torch.arange(2), 1.0, 1)
     (shape, prompts), = reward.asked
     assert shape[0] == 8 and prompts == ["a fox"] * 4 + ["an owl"] * 4
 
@@ -223,8 +240,54 @@ def test_rewards_without_a_gradient_are_refused(tmp_path):
     for changes, match in ((dict(draft_steps=4), "draft_steps 4 is more than the 3 steps"),
                            (dict(draft_steps=2, draft_copies=2), "set one of them to 1"),
                            (dict(draft_views=-1), "draft_views must be a whole number of at lea"),
+                           (dict(draft_random=True), "up to draft_steps, which is 1"),
+                           (dict(which_steps="0"), "which_steps means nothing to algorithm 'dr"),
+                           (dict(samples_per_prompt=2), "samples_per_prompt means nothing to"),
+                           (dict(algorithm="ddpo", draft_views=2), "draft_views means nothing to"),
                            (dict(algorithm="nft"), "algorithm must be 'ddpo' or 'draft'")):
         with pytest.raises(ValueError, match=match): make_config("emoji", **TINY | changes)
+
+
+def test_what_a_reward_returns_is_checked():
+    "No gradient, alone or in a sum; a wrong shape; NaN. Another device is no fault."
+    class Other(Bluish):
+        def __init__(self, change): self.asked, self.change = [], change
+        def differentiable(self, images, prompts):
+            return self.change(super().differentiable(images, prompts))
+    for change, match in ((torch.Tensor.detach, "rewards without a gradient"),
+                          (torch.Tensor.sum, r"tensor of 3 rewards, not one of shape \[\]"),
+                          (torch.Tensor.tolist, "tensor of 3 rewards, not a list"),
+                          (lambda x: x * torch.nan, "prompt 'a fox', is nan")):
+        broken = Other(change)
+        for reward in (broken, WeightedSum({"a": Bluish(), "b": broken}, {"a": 1.0, "b": 1.0})):
+            ours = made(twin("sd2"), reward, beta=0.1)
+            if reward is not broken: reward.units.update(a=(0.0, 1.0), b=(0.0, 1.0))
+            with pytest.raises(ValueError, match=match): gradient_of(ours)
+    pipe = twin("sd2")
+    with torch.no_grad(): pipe.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(Ruined, match="prompt 'a fox' are NaN or infinite"): gradient_of(made(pipe))
+
+
+def test_what_follows_from_a_setting():
+    "The size of a call is measured; units of a sum are of many images; defaults of an adapter."
+    ours = made(twin("sd2"), micro_batch_size=None)
+    ours.train()
+    assert ours.state.micro_batch_size in (1, 3)
+    two = {}
+    for size in (1, 3):
+        reward = WeightedSum({"a": Bluish(), "b": Bluish()}, {"a": 1.0, "b": 1.0})
+        made(twin("sd2"), reward, sample_batch_size=size).take_units(0)
+        two[size] = reward.units["a"]
+    assert two[1] == pytest.approx(two[3], rel=1e-4) and two[1][1] < 0.5
+    assert make_config("emoji", algorithm="draft").lr == 1e-4
+    assert make_config("emoji", algorithm="draft", lora_rank=4).lr == 5e-4
+    assert make_config("sd35", algorithm="draft").samples_per_prompt == 1
+    certain = DDIMScheduler.from_config(twin("sd2").scheduler.config, set_alpha_to_one=True)
+    pipe = twin("sd2")
+    pipe.scheduler = certain
+    with pytest.warns(UserWarning, match="has no noise"):
+        with pytest.raises(ValueError, match="beta 0.1 has no effect: the last steps have no"):
+            made(pipe, beta=0.1)
 
 
 def test_the_steps_before_are_not_trained():

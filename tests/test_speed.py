@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpo_scratch.trainer import speed
 from ddpo_scratch.trainer.checkpoints import state_from_dict, state_to_dict
+from ddpo_scratch.trainer.ddpo import DDPOTrainer
 from ddpo_scratch.trainer.gradient import Objective, Samples, add_gradient
 from ddpo_scratch.trainer.lora import add_lora
-from ddpo_scratch.trainer.policy import Policy
 from ddpo_scratch.trainer.presets import make_config
 from ddpo_scratch.trainer.speed import (
     Compiled,
@@ -231,9 +231,10 @@ def test_measuring_leaves_no_trace():
     config = make_config("emoji", img_size=32, cfg=3.0, batch_size=3, num_timesteps=4,
                          micro_batch_size=None, num_epochs=1, num_samples_per_epoch=4,
                          samples_per_prompt=1)
+    trainer = DDPOTrainer(config, pipe, lambda: "a fox", lambda images, prompts: [0.0])
+    trainer.draw_prompts()
     before = torch.get_rng_state()
-    policy = Policy(pipe, 4, 3.0, 1.0, (32, 32))
-    pairs = measured_micro_batch(config, policy, policy.encode(["a fox"]), None)
+    pairs = measured_micro_batch(config, trainer.state.weights, trainer.trial, 3)
     assert pairs in (3, 6) and torch.equal(before, torch.get_rng_state())  # three steps of four
     assert all(weight.grad is None for weight in pipe.unet.parameters())
     prompts = iter(PROMPTS)

@@ -14,12 +14,10 @@ from huggingface_hub import HfApi, ModelCardData
 from ddpo_scratch.command.folder import as_yaml
 from ddpo_scratch.models.families import family_of
 from ddpo_scratch.pipelines import EMBEDDED, is_flow
-from ddpo_scratch.trainer.config import HUB_NAME, TrainerConfig
+from ddpo_scratch.trainer.config import ALGORITHMS, HUB_NAME, TrainerConfig
 from ddpo_scratch.trainer.precision import DTYPES
 
 # %% ../../nbs/practice/13_command.ipynb 22
-METHODS = {"ddpo": "DDPO (Black et al. 2023, arXiv:2305.13301)",
-           "draft": "DRaFT (Clark et al. 2024, arXiv:2309.17400)"}
 CARD = """---
 {head}
 ---
@@ -96,7 +94,7 @@ def model_card(
             base_model=config.pipeline if is_hub else None, library_name="diffusers",
             tags=["text-to-image", "stable-diffusion" if name.startswith("Stable") else "flux",
                   "reinforcement-learning", config.algorithm, *["lora"] * lora]).to_yaml(),
-        method=METHODS[config.algorithm],
+        method=ALGORITHMS[config.algorithm],
         opening="\n".join(lines), example=run["prompts"][0],
         sampler=(f"a flow model's sampling with noise, a = {config.eta:g}" if flow
                  else f"DDIM, eta {config.eta:g}"),

@@ -214,12 +214,15 @@ def make_plan(
     batch, at_a_time = min(config.batch_size, epoch), min(config.sample_batch_size, epoch)
     draft = config.algorithm == "draft"
     steps = config.draft_copies if draft else len(config.trained_steps)
+    through = (1 + config.draft_steps) / 2 if config.draft_random else config.draft_steps
+    training = work.training - (config.draft_steps - through) * work.sampling * (
+        4 if config.gradient_checkpointing else 3)
     at_once = min(config.micro_batch_size or batch, batch * (1 if draft else steps))
     peaks = {"sampling": work.peak(work.sample, at_a_time),
              "decoding": work.peak(work.decode, at_a_time),
              "training": work.peak(work.learn, at_once)}
     if config.offload:
-        for phase in ("sampling", "decoding"): peaks[phase] += size(work.vae)
+        for phase in ("sampling", "decoding", *["training"] * draft): peaks[phase] += size(work.vae)
         peaks["encoding prompts"] = size(*others)
     name = "UNet" if work.family.network == "unet" else "transformer"
     copies = [work.reference] * isinstance(work.reference, torch.nn.Module)
@@ -229,8 +232,8 @@ def make_plan(
                    for weight in work.network.parameters() if weight.requires_grad)
     return Plan(
         trained, count(work.network, *others) - trained,
-        epoch * (config.num_timesteps - (config.draft_steps if draft else 0)) * work.sampling,
-        epoch * (1 if draft else config.num_inner_epochs) * steps * work.training,
+        epoch * (config.num_timesteps - draft * through) * work.sampling,
+        epoch * config.num_inner_epochs * steps * training,
         {name: size(work.network), "its reference": size(*copies),
          "VAE and text encoders": 0 if config.offload else size(*others),
          "models of the rewards": sum(4 * REWARD_WEIGHTS.get(name, 0) for name in rewards),

@@ -118,6 +118,8 @@ def check_targets(name, value):
         raise ValueError(f"{name} must be at least one name of a module, not {value!r}.")
 
 
+ALGORITHMS = {"ddpo": "DDPO (Black et al. 2023, arXiv:2305.13301)",
+              "draft": "DRaFT (Clark et al. 2024, arXiv:2309.17400)"}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four matrices of attention
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -204,18 +206,18 @@ class TrainerConfig(DDPOConfig):
 
     algorithm: str = setting(
         "ddpo", "learning", "ddpo, for any reward; draft, by the gradient of a reward that has one",
-        one_of("ddpo", "draft"))
+        one_of(*ALGORITHMS))
     draft_steps: int = setting(
         1, "learning", "draft: K, how many of the last steps the gradient goes through",
         check_count)
     draft_random: bool = setting(
-        False, "learning", "draft: at each update through a random number of steps, at most K",
+        False, "learning", "draft: at each update through a random number of steps, 1 … K",
         is_switch)
     draft_copies: int = setting(
         1, "learning", "draft: how often the last step is taken, from new noise, for less variance",
         check_count)
     draft_views: int = setting(
-        0, "learning", "draft: random views of an image that the reward sees; 0: the image itself",
+        0, "learning", "draft: the reward is the mean of so many random views; 0: of the image",
         check_rank)
     lora_rank: int = setting(
         0, "learning", "rank of the adapter that is trained in place of the UNet; 0: all weights",
@@ -236,7 +238,8 @@ class TrainerConfig(DDPOConfig):
         check_not_negative)
 
     micro_batch_size: int | None = setting(
-        None, "machine", "pairs of an image and a step in a UNet call of training; None: measured",
+        None, "machine", "pairs of image and step in a UNet call of training; draft: images; "
+        "None: measured",
         or_none(check_count))
     compile: bool = setting(
         False, "machine", "torch.compile the UNet's blocks: faster on a GPU after some minutes",
@@ -306,6 +309,28 @@ def check_setting(
     check(name, value)
 
 
+def check_algorithm(
+    c: TrainerConfig,
+) -> None:
+    "`ValueError` for settings that mean nothing to the algorithm, or contradict each other."
+    alien = dict(samples_per_prompt=1, num_inner_epochs=1, which_steps=None) if (
+        c.algorithm == "draft") else dict(
+            draft_steps=1, draft_random=False, draft_copies=1, draft_views=0)
+    for name, value in alien.items():
+        if getattr(c, name) != value:
+            raise ValueError(f"{name} means nothing to algorithm {c.algorithm!r}: leave it at "
+                             f"{value!r}; it is {getattr(c, name)!r}.")
+    if c.draft_steps > c.num_timesteps:
+        raise ValueError(f"draft_steps {c.draft_steps} is more than the {c.num_timesteps} steps of "
+                         "an image (num_timesteps).")
+    if c.draft_copies > 1 and c.draft_steps > 1:
+        raise ValueError(f"draft_copies {c.draft_copies} repeats the last step, and draft_steps "
+                         f"{c.draft_steps} trains the steps before it, too: set one of them to 1.")
+    if c.draft_random and c.draft_steps == 1:
+        raise ValueError("draft_random draws a number of steps up to draft_steps, which is 1: "
+                         "raise that.")
+
+
 def check_together(
     config: TrainerConfig,
 ) -> None:
@@ -317,12 +342,7 @@ def check_together(
     if c.lora_from and not c.lora_rank:
         raise ValueError("lora_from wants lora_rank, lora_alpha and lora_targets to be those of "
                          "the adapter: use make_config, which reads them from it.")
-    if c.algorithm == "draft" and c.draft_steps > c.num_timesteps:
-        raise ValueError(f"draft_steps {c.draft_steps} is more than the {c.num_timesteps} steps of "
-                         "an image (num_timesteps).")
-    if c.draft_copies > 1 and c.draft_steps > 1:
-        raise ValueError(f"draft_copies {c.draft_copies} repeats the last step, and draft_steps "
-                         f"{c.draft_steps} trains the steps before it, too: set one of them to 1.")
+    check_algorithm(c)
     if c.which_steps:
         if max(c.trained_steps) >= c.num_timesteps or (
                 len({*c.trained_steps}) < len(c.trained_steps)):

@@ -77,7 +77,7 @@ PRESETS: dict[str, TrainerConfig] = {
         beta=1e-3, buffer_size=24, min_count=12, sample_batch_size=8, micro_batch_size=8,
         offload=True),
 }
-EMOJI_DRAFT = dict(num_epochs=8, samples_per_prompt=1, lr=1e-4, anneal_lr=True, draft_views=4)
+EMOJI_DRAFT = dict(num_epochs=8, lr=1e-4, anneal_lr=True, draft_views=4)
 PRESETS["flux"] = replace(
     PRESETS["sd35"], pipeline="black-forest-labs/FLUX.1-dev", mixed_precision="bf16",
     num_timesteps=6, cfg=3.5, eta=0.9, beta=0.0, clip_ratio=1e-3, sample_batch_size=3,
@@ -112,13 +112,14 @@ def make_config(
         near = difflib.get_close_matches(name, known, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"there is no setting {name!r}.{hint}")
-    if changes.get("algorithm") == "draft" and preset == "emoji": changes = EMOJI_DRAFT | changes
     if changes.get("lora_from"):
         from ddpo_scratch.trainer.lora import adapter_settings  # here: it loads PyTorch
         changes = adapter_settings(changes["lora_from"]) | changes
     if "lora_rank" in changes and bool(changes["lora_rank"]) != bool(PRESETS[preset].lora_rank):
         larger = 5e-4 if preset == "emoji" and changes["lora_rank"] else None
         changes = dict(lr=larger, lora_alpha=None, lora_targets=LORA_TARGETS) | changes
+    if changes.get("algorithm") == "draft":
+        changes = (EMOJI_DRAFT if preset == "emoji" else {}) | {"samples_per_prompt": 1} | changes
     counts = {"buffer_size", "min_count"}
     if len(counts & changes.keys()) == 1:  # the other follows from it
         changes.update(dict.fromkeys(counts - changes.keys()))

@@ -84,6 +84,11 @@ def check_run(
     if config.algorithm == "ddpo" and not schedule.std[config.trained_steps].any():
         raise ValueError(f"which_steps {config.which_steps!r}: a step without noise has no "
                          "gradient, and none of these has noise. Take others.")
+    if config.algorithm == "draft" and config.beta > 0 and not (
+            schedule.std[-config.draft_steps:].any()):
+        raise ValueError(f"beta {config.beta} has no effect: the last steps have no noise (the "
+                         "scheduler's set_alpha_to_one), so no divergence. Set beta to 0, or "
+                         "raise draft_steps.")
     if config.use_8bit_adam: check_installed("bitsandbytes", "use_8bit_adam")
     if config.log_with: check_installed(config.log_with, f"log_with {config.log_with}")
     if config.num_samples_per_epoch < processes().num_processes:
@@ -292,7 +297,7 @@ class Trainer:
         if self.state.micro_batch_size is None:
             self.state.micro_batch_size = min(gathered([measured_micro_batch(
                 self.config, self.state.weights, trial, most)]))
-            print_once(f"measured: micro_batch_size {self.state.micro_batch_size} is the fastest")
+            print_once(f"measured: micro_batch_size {self.state.micro_batch_size}")
 
     def bar(self, items, name: str, total: int | None = None):
         "A progress bar for who is watching; nothing in a file, or in other processes."
