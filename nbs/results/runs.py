@@ -16,15 +16,9 @@ and `flow` at `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`
 `plans` computes what the presets for large models take. The pictures of `gamed` were reduced to 256
 colours afterwards.
 
-Of groups.csv, reinforce.csv, steps.csv, gamed.csv, incompressible.csv and the flow tables the rows
-were made before noise_sources counted its seeds (November 2026), but for "unclipped" and "with a
-weaker KL penalty": the same commands now draw other noise, and give other rows that say the same
-within their uncertainty.
-
-Of the second version of the embedded model (November 2026) are seed0.csv to seed2.csv, hero.csv,
-right.csv, named.csv and their lines in evaluations.csv. The other tables are of the first version,
-whose runs with the seeds 0 to 2 are first0.csv, first1.csv and the lines "first" and "queue" of
-evaluations.csv; they are being measured again.
+Of the first version of the embedded model are still reinforce.csv, steps.csv, gamed.csv,
+incompressible.csv, guidance.csv, bench.csv and sweep.csv; all others are of the second (November
+2026). The rows "clipped" of reinforce.csv are the first version's "running" of groups.csv.
 """
 import argparse
 import csv
