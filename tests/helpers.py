@@ -89,7 +89,7 @@ class Bluish:
 
     def differentiable(self, images, prompts):
         self.asked.append((images.shape, list(prompts)))
-        rows = torch.linspace(0.2, 1.5, images.shape[-1], dtype=images.dtype)
+        rows = torch.linspace(0.2, 1.5, images.shape[-1]).to(images)
         return (torch.sin(3 * images[:, 2] * rows) - images[:, 0] ** 2).mean((1, 2))
 
     def __call__(self, images, prompts):

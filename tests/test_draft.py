@@ -24,7 +24,18 @@ from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.trainer.trainer import TrainingState
 from ddpo_scratch.training import TRAINING, noise_sources
 from ddpo_scratch.workshop.twins import TWINS
-from helpers import Bluish, as_flags, ddpo_train, embedded, flat, last_line, redness, train, twin
+from helpers import (
+    Bluish,
+    as_flags,
+    ddpo_train,
+    embedded,
+    fake_gpu,
+    flat,
+    last_line,
+    redness,
+    train,
+    twin,
+)
 
 TINY = dict(algorithm="draft", draft_views=0, num_epochs=2, num_samples_per_epoch=6, batch_size=3,
             num_timesteps=3, img_size=32, lr=1e-3, samples_per_prompt=1)
@@ -298,6 +309,23 @@ def test_the_steps_before_are_not_trained():
     gradient_of(made(pipe, draft_steps=2))
     assert calls == [False, True, True]
     assert all(p.grad is None for part in (pipe.vae, pipe.text_encoder) for p in part.parameters())
+
+
+@pytest.mark.parametrize("name", ("sd2", "sd3"))
+def test_all_stays_on_its_device(name):
+    "Last steps, penalty, copies, views and rewards on a fake CUDA device."
+    ours = made(twin(name), draft_copies=2, draft_views=2, beta=0.1, eta=0.25)
+    with fake_gpu():
+        ours.pipe.to("cuda")
+        ours.state.reference.to("cuda")
+        vars(ours.policy).pop("schedule", None)  # of the CPU
+        cond = ours.policy.encode(["a fox", "an owl"]).to("cuda")
+        noise = noise_sources(0, TRAINING, range(2))
+        for latents, ref_kl in ours.last_latents(cond, noise, 1):
+            images = decoded(ours.policy, latents)
+            reward = ours.rewards(images, ["a fox", "an owl"], noise)["reward"]
+            loss = (0.1 * ref_kl - reward).mean()
+            assert loss.device.type == "cuda" and loss.requires_grad and reward.shape == (2,)
 
 
 @pytest.mark.parametrize("name", TWINS)

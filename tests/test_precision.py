@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ddpo_scratch.command import run
 from ddpo_scratch.command.run import plain_reward
 from ddpo_scratch.models.families import network_of
-from ddpo_scratch.trainer import evaluation, trainer
+from ddpo_scratch.trainer import ddpo, evaluation
 from ddpo_scratch.trainer.checkpoints import state_from_dict, state_to_dict
 from ddpo_scratch.trainer.evaluation import evaluate
 from ddpo_scratch.trainer.gradient import Objective, Samples, add_gradient, step_losses
@@ -292,7 +292,7 @@ def test_text_encoders_leave_when_they_have_read(name):
     config = make_config("emoji", **SMALL | dict(num_eval_samples=2), offload=True,
                          cfg=1.0 if name == "flux-dev" else 3.0)
     with ExitStack() as stack:
-        for module in (trainer, evaluation, run):
+        for module in (ddpo, evaluation, run):
             stack.enter_context(patch.object(module, "on_the_cpu", on_the_cpu))
         evaluate(config, pipe, ["a fox", "an owl"], redness)
         plain_reward(config, pipe, ["a fox", "an owl"], redness)
