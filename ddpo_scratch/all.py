@@ -24,4 +24,4 @@ from .trainer.trainer import TrainingState
 from .trainer.evaluation import *
 from .command.run import run_training
 from .workshop.drawings import load_pictures
-from .workshop.emoji_model import *
+from .workshop.emoji_model import named_right

@@ -23,7 +23,8 @@ def test_presets_are_the_blogs_and_its_miniature():
         checkpoints_total_limit=2, log_with=None, use_8bit_adam=False, offload=False,
         eval_rewards=None, push_to_hub=None, scale_rewards=True, micro_batch_size=None,
         which_steps=None, compile=False, lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
-        lora_from=None)
+        lora_from=None, algorithm="ddpo", draft_steps=1, draft_random=False, draft_copies=1,
+        draft_views=0)
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(TrainerConfig)} - set(blog) == {"seed", "device"}
     assert PRESETS["emoji"].pipeline == "emoji"
