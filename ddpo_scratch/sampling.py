@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
 
 from .checks import check_policy_arguments, check_prediction, check_size
@@ -46,18 +46,24 @@ def predict_noise(
     return without_prompt + guidance_scale * (with_prompt - without_prompt)
 
 # %% ../nbs/tutorial/03_sampling.ipynb 9
+def decode_latents(
+    latents: torch.Tensor,  # clean latents x_0, [B, C, h, w]
+    vae: AutoencoderKL,
+) -> torch.Tensor:          # pixels from about -1 to 1, [B, 3, H, W]
+    "The decoder's output. The decoder wants the latents in its own scale."
+    latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
+    return vae.decode(latents + (vae.config.get("shift_factor") or 0)).sample  # newer models' shift
+
+# %% ../nbs/tutorial/03_sampling.ipynb 10
 @torch.no_grad()
 def decoding_fn(
     latents: torch.Tensor,          # clean latents x_0, [B, C, h, w]
     pipe: StableDiffusionPipeline,  # its VAE decodes
 ) -> np.ndarray:                    # images, uint8, [B, H, W, 3]
     "Latents to images, about a megapixel at a time. `ValueError` if a pixel is NaN or infinite."
-    vae = pipe.vae
-    latents = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor
-    latents = latents + (vae.config.get("shift_factor") or 0)  # newer models have one
     height, width = (pipe.vae_scale_factor * side for side in latents.shape[-2:])
     parts = latents.split(max(1, 2**20 // (height * width)))
-    images = torch.cat([vae.decode(part).sample for part in parts]).float()
+    images = torch.cat([decode_latents(part, pipe.vae) for part in parts]).float()
     finite = images.isfinite().flatten(1).all(1)
     images = ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     if not finite.all():
@@ -67,7 +73,7 @@ def decoding_fn(
             "checkpoint, or a VAE in 16 bits (keep it in float32).")
     return images.permute(0, 2, 3, 1).cpu().numpy()
 
-# %% ../nbs/tutorial/03_sampling.ipynb 15
+# %% ../nbs/tutorial/03_sampling.ipynb 16
 class Schedule(NamedTuple):
     "T denoising steps in numbers. Row 0 is the first step, from pure noise; row T-1 is the last."
     timesteps: torch.Tensor     # n of each step, falling, [T]
@@ -83,7 +89,7 @@ class Schedule(NamedTuple):
         "The same schedule on a device."
         return Schedule(*(x.to(device) if torch.is_tensor(x) else x for x in self))
 
-# %% ../nbs/tutorial/03_sampling.ipynb 17
+# %% ../nbs/tutorial/03_sampling.ipynb 18
 def ddim_schedule(
     scheduler: DDIMScheduler,
     num_inference_steps: int,  # T, 1 … the scheduler's training steps
@@ -114,7 +120,7 @@ def ddim_schedule(
     clip_range = scheduler.config.clip_sample_range if scheduler.config.clip_sample else None
     return Schedule(n, *(x.float() for x in tables), scheduler.config.prediction_type, clip_range)
 
-# %% ../nbs/tutorial/03_sampling.ipynb 20
+# %% ../nbs/tutorial/03_sampling.ipynb 21
 def step_distribution(
     output: torch.Tensor,      # the network's output for x_t, after guidance, [B, C, h, w]
     x_t: torch.Tensor,         # noisy latents, same shape
@@ -134,7 +140,7 @@ def step_distribution(
         x_0 = x_0.clamp(-schedule.clip_range, schedule.clip_range)
     return x_0_weight * x_0 + noise_weight * epsilon, std
 
-# %% ../nbs/tutorial/03_sampling.ipynb 22
+# %% ../nbs/tutorial/03_sampling.ipynb 23
 def calculate_log_probs(
     prev_sample: torch.Tensor,       # x_{t-1}, the latent that was drawn, [B, C, h, w]
     prev_sample_mean: torch.Tensor,  # μ, the policy's mean, same shape
@@ -146,7 +152,7 @@ def calculate_log_probs(
     log_probs = -0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)
     return torch.where(std_dev_t > 0, log_probs, torch.zeros_like(log_probs))
 
-# %% ../nbs/tutorial/03_sampling.ipynb 24
+# %% ../nbs/tutorial/03_sampling.ipynb 25
 @torch.no_grad()
 def sd_sample(
     prompts: list[str],             # B prompts

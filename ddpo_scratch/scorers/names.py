@@ -13,6 +13,7 @@ import numbers
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
@@ -35,6 +36,18 @@ def origin_and_unit(
     return float(offset + spread * mean), float(spread * deviation) or 1.0
 
 # %% ../../nbs/practice/20_sums.ipynb 7
+@contextmanager
+def marking_errors(
+    reward_fn: Callable,
+):
+    "Errors of a reward that is not the library's are marked as such."
+    try:
+        yield
+    except Exception as error:
+        if not type(reward_fn).__module__.startswith("ddpo_scratch."): error.is_a_rewards_own = True
+        raise
+
+
 def ask(
     reward_fn: Callable,
     images: np.ndarray,      # uint8, [B, H, W, 3]; the reward gets a copy
@@ -42,12 +55,8 @@ def ask(
     name: str | None = None, # for errors
 ) -> torch.Tensor:           # float64, [B], on the CPU
     "Call a reward and check what it returns. Errors in a user's reward are marked as such."
-    try:
-        pictures = images.copy() if isinstance(images, np.ndarray) else images
-        returned = reward_fn(pictures, list(prompts))
-    except Exception as error:
-        if not type(reward_fn).__module__.startswith("ddpo_scratch."): error.is_a_rewards_own = True
-        raise
+    pictures = images.copy() if isinstance(images, np.ndarray) else images
+    with marking_errors(reward_fn): returned = reward_fn(pictures, list(prompts))
     return check_rewards(returned, prompts, name or reward_name(reward_fn))
 
 # %% ../../nbs/practice/20_sums.ipynb 8

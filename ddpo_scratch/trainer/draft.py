@@ -19,11 +19,13 @@ from ..checks import check_rewards, reward_name
 from ..models.conditioning import Conditioning
 from ..models.families import frozen_parts, text_encoders
 from ..rewards import picture_arrays
-from ..scorers.names import WeightedSum, ask, parts_of
+from ..sampling import decode_latents
+from ..scorers.names import WeightedSum, ask, marking_errors, parts_of
 from .gradient import gaussian_kl
 from .policy import Policy, Ruined
 from .precision import on_the_cpu
 from .processes import gathered, my_part, sum_gradients
+from .rollout import joined, sampled
 from .trainer import Trainer, averages
 
 # %% ../../nbs/practice/30_draft.ipynb 5
@@ -32,9 +34,7 @@ def decoded(
     latents: torch.Tensor,  # clean ones, [B, C, h, w]
 ) -> torch.Tensor:          # images, at least float32, [B, 3, H, W], from 0 to 1
     "The tutorial's `decoding_fn` with a gradient, and without rounding."
-    vae = policy.pipe.vae
-    latents = latents.to(vae.dtype) / vae.config.scaling_factor
-    images = vae.decode(latents + (vae.config.get("shift_factor") or 0)).sample
+    images = decode_latents(latents, policy.pipe.vae)
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     return (images / 2 + 0.5).clamp(0, 1)
 
@@ -59,11 +59,7 @@ def value_of(
     prompts: list[str],
 ) -> torch.Tensor:         # [B], where the images are
     "Call it, and check what it returns. Errors in a user's reward are marked as such."
-    try:
-        values = reward.differentiable(images, prompts)
-    except Exception as error:
-        if not type(reward).__module__.startswith("ddpo_scratch."): error.is_a_rewards_own = True
-        raise
+    with marking_errors(reward): values = reward.differentiable(images, prompts)
     name, is_tensor = reward_name(reward), isinstance(values, torch.Tensor)
     if not is_tensor or values.numel() != len(prompts):
         found = f"one of shape {[*values.shape]}" if is_tensor else f"a {type(values).__name__}"
@@ -75,7 +71,7 @@ def value_of(
     return values.flatten().to(images.device)
 
 
-def check_images(
+def check_drawn(
     latents: torch.Tensor,  # [B, C, h, w]
     images: torch.Tensor,   # [B, 3, H, W]
     prompts: list[str],
@@ -87,13 +83,6 @@ def check_images(
         raise Ruined(f"the latents or the image of the prompt {prompt!r} are NaN or infinite. "
                      "Usual causes: weights ruined by too large a learning rate, a damaged "
                      "checkpoint, half precision.")
-
-
-def joined(
-    scores: list[dict[str, torch.Tensor]],  # of several parts, by name
-) -> dict[str, torch.Tensor]:
-    "Scores of all images."
-    return {name: torch.cat([part[name] for part in scores]) for name in scores[0]}
 
 # %% ../../nbs/practice/30_draft.ipynb 9
 def views(
@@ -148,12 +137,10 @@ class DRaFTTrainer(Trainer):
     def take_units(self, epoch: int) -> None:
         "For a sum without units: those of the epoch's first 64 images, the same in all processes."
         if not isinstance(self.reward_fn, WeightedSum) or self.reward_fn.units: return
-        prompts, images = self.state.rollout.prompts[:64], []
-        for part in torch.arange(len(prompts)).split(self.config.sample_batch_size):
-            cond = self.cache([prompts[i] for i in part])
-            latents = self.policy.sample(cond, self.noise_of(epoch, part.tolist())).latents[-1]
-            images.append(self.policy.decode(latents))
-        self.reward_fn(np.concatenate(images), prompts)
+        prompts = self.state.rollout.prompts[:64]
+        batches = torch.arange(len(prompts)).split(self.config.sample_batch_size)
+        drawn = sampled(self.cache, prompts, batches, partial(self.noise_of, epoch))
+        self.reward_fn(np.concatenate([images for _, images, _ in drawn]), prompts)
 
     def batch_gradient(self, epoch: int, batch: torch.Tensor) -> dict[str, float]:
         "Add the gradient of a batch's loss to the weights' `.grad`; processes share the batch."
@@ -186,7 +173,7 @@ class DRaFTTrainer(Trainer):
         noise = self.noise_of(epoch, part.tolist())
         for latents, ref_kl in self.last_latents(self.cache(prompts), noise, steps):
             images = decoded(self.policy, latents)
-            check_images(latents, images, prompts)
+            check_drawn(latents, images, prompts)
             scores = self.rewards(images, prompts, noise)
             loss = (self.config.beta * ref_kl - scores["reward"]).mean()
             self.state.scaler.scale(share * loss / copies).backward()

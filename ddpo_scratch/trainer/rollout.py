@@ -109,12 +109,19 @@ def raw_scores(
                      for name, fn in eval_rewards.items()}
 
 
+def joined(
+    scores: list[dict[str, torch.Tensor]],  # of several batches, by name
+) -> dict[str, torch.Tensor]:               # of all images
+    "Batches put together."
+    return {name: torch.cat([batch[name] for batch in scores]) for name in scores[0]}
+
+
 def with_total(
     reward_fn: Callable,
     scores: list[dict[str, torch.Tensor]],  # of `raw_scores`, of all batches
 ) -> dict[str, torch.Tensor]:               # of all images; "reward" comes first
     "Batches put together; a sum whose units are not known yet takes them from these images."
-    scores = {name: torch.cat([batch[name] for batch in scores]) for name in scores[0]}
+    scores = joined(scores)
     if isinstance(reward_fn, WeightedSum):
         parts = {name: scores[f"reward_{name}"] for name in reward_fn.rewards}
         scores = {"reward": reward_fn.total(parts)} | scores
