@@ -83,6 +83,26 @@ def test_a_saved_adapter_draws_the_same_pictures():
     assert abs(draw(pipe) - draw(embedded())).max() > 10
 
 
+def test_an_adapter_scaled_down(tmp_path):
+    "Half of it, as chapter 30 says: the base plus half of the difference, of a linear layer."
+    pipe = twin("sd2")
+    add_lora(pipe.unet, 2, 4.0)
+    with torch.no_grad():
+        for name, weight in pipe.unet.named_parameters():
+            if "lora_B" in name: weight.fill_(0.3)
+    save_lora(pipe, tmp_path)
+    loaded = twin("sd2")
+    loaded.load_lora_weights(tmp_path, adapter_name="trained")
+    found, x = {}, torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
+    for scale in (0.0, 0.5, 1.0):
+        loaded.set_adapters("trained", scale)
+        layer = next(module for name, module in loaded.unet.named_modules()
+                     if name.endswith("attn1.to_q"))
+        found[scale] = layer(x[:, :layer.in_features])
+    torch.testing.assert_close(found[0.5], (found[0.0] + found[1.0]) / 2)
+    assert (found[1.0] - found[0.0]).abs().max() > 0.1
+
+
 def test_the_reference_is_the_base():
     "With the adapter off the UNet is what it was; so the divergence is that from a copy."
     pipe = embedded()

@@ -1,8 +1,8 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
-`groups`, `reinforce`, `steps`, `gamed` and `incompressible` train, and have a line for each look at
-fresh pictures on the way, and for chapter 12 a strip of pictures. The others look at what commands
-have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
+`groups`, `reinforce`, `steps`, `gamed`, `incompressible` and `draft` train, and have a line for
+each look at fresh pictures on the way; chapters 12 and 30 have pictures, too. The others look at
+what commands have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
 
     ddpo_train --seed N --name seedN
 
@@ -11,6 +11,8 @@ whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `evaluations` at 
     ddpo_train --seed N --samples_per_prompt 1 --name queueN
     ddpo_train --lora_rank 8 --name lora                          (its metrics.csv is lora.csv)
     ddpo_train --algorithm draft --seed N --name draftN           (theirs are draftN.csv)
+    ddpo_train --algorithm nft --num_eval_samples 256 --name nft0 (its is nft0.csv; its seconds are
+                                                                   of one thread, elsewhere)
 
 and `flow` at `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`, N 0 and 1.
 `plans` computes what the presets for large models take. The pictures of `gamed` were reduced to 256
@@ -29,6 +31,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,14 +43,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 from ddpo_scratch.animals import load_classifier, load_judge, right_ones, share_right
 from ddpo_scratch.command.figures import csv_text, png_bytes, progress_strip
 from ddpo_scratch.command.plan import make_plan
-from ddpo_scratch.command.run import plain_reward
+from ddpo_scratch.command.run import TRAINERS, plain_reward
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.prompts import PromptDataset, emoji_common_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.sampling import decoding_fn, sd_sample
 from ddpo_scratch.scorers.names import WeightedSum, make_reward
 from ddpo_scratch.trainer.checkpoints import write_file
-from ddpo_scratch.trainer.ddpo import DDPOTrainer
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts, no_reward
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.training import EVALUATION, noise_sources
@@ -103,6 +105,8 @@ def watched(
     every: int,      # epochs from look to look
     strip: Path | None = None,  # where to leave the pictures of six prompts
     limit: float = float("inf"),  # seconds of training, after which it ends with a look
+    measure=lambda images, prompts: {},  # → more columns
+    on_look=lambda epoch, images: None,  # gets them
 ) -> list[dict]:     # a row for each look
     "Train, and look at fresh pictures on the way: how large, and how many right animals?"
     pipe, rows, looks = load_pipeline(config.pipeline, "cpu"), [], []
@@ -118,8 +122,9 @@ def watched(
         rows.append({
             "run": name, "seed": config.seed, "epoch": epoch, "seconds": round(seconds, 1),
             "kilobytes": round(-sizes.mean().item(), 4),
-            "right": round(share_right(images, prompts, judge), 4)})
+            "right": round(share_right(images, prompts, judge), 4)} | measure(images, prompts))
         print(rows[-1], flush=True)
+        on_look(epoch, images)
 
     def on_epoch(row):
         nonlocal seconds
@@ -130,7 +135,7 @@ def watched(
     seconds = 0.0
     look(0, seconds)
     try:
-        DDPOTrainer(config, pipe, prompt_fn, reward_fn).train(on_epoch)
+        TRAINERS[config.algorithm](config, pipe, prompt_fn, reward_fn).train(on_epoch)
     except TimeIsUp: pass
     if strip:
         first = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:6]
@@ -176,6 +181,51 @@ def incompressible():
     "The other way round; chapter 12."
     config = make_config("emoji", **SMALL_STEPS | dict(reward="jpeg_incompressibility"))
     return watched("incompressible", config, 128, 2, HERE / "gamed_incompressible.png")
+
+
+# Chapter 30. Five minutes by the reward's own gradient, four times the default.
+DRAFTS = {"four views": 4, "the image itself": 0}
+
+
+def spread(
+    images: np.ndarray,  # uint8, [N, H, W, 3]
+    prompts: list[str],
+) -> float:
+    """How different the images of a prompt are: the mean distance of two with the same prompt.
+
+    The distance is the root of the mean squared difference of pixel values from 0 to 1."""
+    same = [[i for i, other in enumerate(prompts) if other == prompt]
+            for prompt in dict.fromkeys(prompts)]
+    values = images.astype(np.float32) / 255
+    return float(np.mean([np.sqrt(((values[i] - values[j]) ** 2).mean())
+                          for group in same for i, j in combinations(group, 2)]))
+
+
+def draft():
+    "Chapter 30."
+    def measured(images, prompts):
+        return {"reward": round(animal(images, prompts).mean().item(), 4),
+                "spread": round(spread(images, prompts), 4)}
+    rows, animal = [], make_reward("animal", "cpu")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(3, 1)
+    for ax, (name, count) in zip(axes[1:], DRAFTS.items()):
+        config = make_config("emoji", algorithm="draft", draft_views=count, anneal_lr=False,
+                             num_epochs=40)
+        prompts = fresh_prompts(config, make_prompt_fn(config.prompts))[:256]
+        often = sorted({*prompts}, key=lambda prompt: (-prompts.count(prompt), prompt))[:3]
+        shown = [i for prompt in often
+                 for i in [i for i, other in enumerate(prompts) if other == prompt][:5]]
+
+        def show(epoch, images):
+            if epoch not in (0, config.num_epochs): return
+            part, title = (ax, f"{name}, epoch {epoch}") if epoch else (axes[0], "before training")
+            part.imshow(np.concatenate([*images[shown]], 1))
+            part.set_axis_off()
+            part.set_title(title, fontsize=9, loc="left")
+        rows += watched(name, config, 256, 4, measure=measured, on_look=show)
+    write_file(HERE / "draft.png", png_bytes(figure))
+    return rows
 
 
 def right():
@@ -287,6 +337,29 @@ def flow():
                     share_right(images, prompts, judge), 4), "reward": round(
                     rewards.mean().item(), 4), "reward of pipe(prompt)": round(
                     plain_reward(config, pipe, prompts, reward_fn), 4)})
+            print(rows[-1], flush=True)
+    return rows
+
+
+FLOW_NOISES = {  # algorithm nft takes eta 0, and does not train here
+    "none": dict(algorithm="nft", eta=0.0),
+    **{f"sde, a = {a}": dict(eta=a) for a in (0.4, 0.7, 1.0)},
+    **{f"cps, a = {a}": dict(eta=a, flow_sampler="cps") for a in (0.4, 0.7, 1.0)},
+    "sde, a = 0.7, steps 0 to 3": dict(eta=0.7, timestep_fraction=0.5, mixed_sampling=True)}
+
+
+def flow_noise():
+    "The untrained flow model in eight steps, by ways of adding noise; chapter 22."
+    rows, pipe = [], load_pipeline("emoji_flow", "cpu")
+    for seed in (0, 1):
+        for name, changes in FLOW_NOISES.items():
+            config = make_config(
+                "emoji", pipeline="emoji_flow", seed=seed, num_eval_samples=256, **changes)
+            prompts = fresh_prompts(config, make_prompt_fn(config.prompts))
+            images, sizes = evaluate(config, pipe, prompts, kilobytes)
+            rows.append({"seed": seed, "noise": name, "right": round(
+                share_right(images, prompts, judge), 4), "kilobytes": round(
+                -sizes.mean().item(), 3), "spread": round(spread(images, prompts), 4)})
             print(rows[-1], flush=True)
     return rows
 
@@ -409,8 +482,8 @@ def plans():
 
 
 TABLES = {function.__name__: function for function in (
-    groups, reinforce, steps, gamed, incompressible, hero, right, samplers, flow, guidance, named,
-    processes, backgrounds, evaluations, plans)}
+    groups, reinforce, steps, gamed, incompressible, draft, hero, right, samplers, flow,
+    flow_noise, guidance, named, processes, backgrounds, evaluations, plans)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
