@@ -20,8 +20,8 @@ from .trainer.lora import *
 from .trainer.trainer import *
 from .trainer.ddpo import DDPOTrainer
 from .trainer.draft import *
+from .trainer.forward import *
 from .trainer.trainer import TrainingState
 from .trainer.evaluation import *
 from .command.run import run_training
-from .workshop.drawings import load_pictures
 from .workshop.emoji_model import named_right

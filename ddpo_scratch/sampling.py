@@ -111,7 +111,7 @@ def ddim_schedule(
         raise ValueError(f"eta = {eta} asks for more noise than there is at {num_inference_steps} "
                          f"steps. At most {highest} works.")
     std = ((1 - alpha_next) * share).sqrt()
-    if (std == 0).any():
+    if eta > 0 and (std == 0).any():
         warnings.warn(f"the step at timestep {n[std == 0].tolist()} has no noise: it is "
                       "deterministic, has no gradient, and is left out of the policy.",
                       stacklevel=2)

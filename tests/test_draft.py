@@ -255,7 +255,7 @@ def test_rewards_without_a_gradient_are_refused(tmp_path):
                            (dict(which_steps="0"), "which_steps means nothing to algorithm 'dr"),
                            (dict(samples_per_prompt=2), "samples_per_prompt means nothing to"),
                            (dict(algorithm="ddpo", draft_views=2), "draft_views means nothing to"),
-                           (dict(algorithm="nft"), "algorithm must be 'ddpo' or 'draft'")):
+                           (dict(algorithm="ppo"), "algorithm must be 'ddpo' or 'draft' or 'nft'")):
         with pytest.raises(ValueError, match=match): make_config("emoji", **TINY | changes)
 
 
@@ -349,7 +349,7 @@ def test_every_family(name):
 def test_a_run_goes_on_after_any_batch():
     "Random truncation, views, a sum: the same weights and rows to the last bit."
     kinds = (dict(draft_steps=3, draft_random=True, draft_views=2),
-             dict(draft_copies=2, lora_rank=2, beta=0.1, mixed_precision="bf16"))
+             dict(draft_copies=2, lora_rank=2, beta=0.1, mixed_precision="fp16"))
     for kind in kinds:
         config = make_config("emoji", **TINY | kind)
         def run(stop=None, checkpoint=None):

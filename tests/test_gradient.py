@@ -156,7 +156,7 @@ def test_approx_kl_is_the_divergence():
     log_ratio = (Normal(new, sigma).log_prob(action) - Normal(old, sigma).log_prob(action)
                  ).mean((1, 2, 3))
     none = torch.zeros(len(log_ratio), dtype=torch.float64)
-    metrics = summed_up([StepLoss(none, log_ratio, none.bool(), none)], len(log_ratio))
+    metrics = summed_up(StepLoss(none, log_ratio, none.bool(), none), len(log_ratio))
     true = kl_divergence(Normal(old, sigma), Normal(new, sigma)).mean().item()
     assert gaussian_kl(new, old, sigma).mean().item() == pytest.approx(true)
     assert metrics["approx_kl"] == pytest.approx(true, rel=0.1)

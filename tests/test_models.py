@@ -2,6 +2,7 @@
 import copy
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -20,6 +21,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch._dynamo.utils import counters
 from torch.distributions import MultivariateNormal, Normal
 
+from ddpo_scratch.command.card import model_card
 from ddpo_scratch.command.run import run_training
 from ddpo_scratch.models.families import family_of, frozen_parts, network_of
 from ddpo_scratch.models.flow import flow_schedule, shift_of, warn_of_much_noise
@@ -30,8 +32,20 @@ from ddpo_scratch.trainer.gradient import Objective, Samples, step_losses
 from ddpo_scratch.trainer.lora import save_lora
 from ddpo_scratch.trainer.policy import Policy
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
+from ddpo_scratch.trainer.trainer import check_run
 from ddpo_scratch.workshop.twins import TWINS, make_twin
-from helpers import ddpo_train, embedded, fake_gpu, opened, redness, run_card, sample, train
+from helpers import (
+    TINY,
+    ddpo_train,
+    embedded,
+    fake_gpu,
+    opened,
+    redness,
+    run_card,
+    sample,
+    train,
+    twin,
+)
 
 PROMPTS = ["a fox", "a picture of an owl"]
 WITHOUT_T5 = dict(text_encoder_3=None, tokenizer_3=None)
@@ -231,6 +245,50 @@ def test_the_step_is_flow_grpos():
                 calculate_log_probs(action, mean, std), exact, rtol=1e-4, atol=1e-4)
 
 
+def test_coefficients_are_preserved():
+    "Flow-CPS: the paper's formula in float64; fresh and predicted noise make up the level's."
+    for a, shift, steps in ((0.5, 3.0, 10), (0.0, 1.0, 7), (1.0, 2.0, 4)):
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        schedule = flow_schedule(scheduler, steps, a, sampler="cps")
+        levels = scheduler.sigmas.double().tolist()
+        torch.testing.assert_close(schedule.noise_weight**2 + schedule.std**2,
+                                   torch.tensor(levels[1:]) ** 2)
+        for step, (t, after) in enumerate(zip(levels, levels[1:])):
+            x, v = torch.randn(2, 2, 4, 2, 2, generator=noise(step), dtype=torch.float64)
+            angle = a * np.pi / 2
+            expected = (1 - after) * (x - t * v) + after * np.cos(angle) * (x + (1 - t) * v)
+            mean, std = walking(lambda *_: v, schedule).step(x, step, None)
+            torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
+            assert std.item() == pytest.approx(after * np.sin(angle))
+    with pytest.raises(ValueError, match="eta = 1.2: with flow_sampler 'cps' at most 1 works"):
+        flow_schedule(FlowMatchEulerDiscreteScheduler(), 4, 1.2, sampler="cps")
+
+
+@pytest.mark.parametrize("name", ("sd2", "sd3"))
+def test_noise_in_some_steps(name):
+    "The others are the sampler's own, without noise; sampling and loss agree."
+    eta, more = (0.8, dict(flow_sampler="cps")) if name == "sd3" else (1.0, {})
+    def table(eta, steps=None): return Policy(
+        twin(name), 5, 1.0, eta, (32, 32), noisy_steps=steps, **more).schedule
+    noisy, quiet, mixed = table(eta), table(0.0), table(eta, (1, 3))
+    for step in range(5):
+        for column in ("x_0_weight", "noise_weight", "std"):
+            expected = getattr(noisy if step in (1, 3) else quiet, column)[step]
+            assert getattr(mixed, column)[step] == expected, (step, column)
+    assert (mixed.std > 0).tolist() == [False, True, False, True, False]
+    config = make_config("emoji", **TINY | dict(
+        num_timesteps=5, mixed_sampling=True, which_steps="3,1", timestep_fraction=1.0, eta=eta,
+        lr=1e-3), **more)
+    for row in train(config, twin(name), lambda: "a fox", redness):
+        assert row["max_log_ratio"] < 1e-5 and row["grad_norm"] > 0
+    with pytest.raises(ValueError, match="mixed_sampling has no effect, because all steps are"):
+        make_config("blog", mixed_sampling=True)
+    with pytest.raises(ValueError, match="mixed_sampling means nothing to algorithm 'draft'"):
+        make_config("emoji", algorithm="draft", mixed_sampling=True)
+    with pytest.raises(ValueError, match="flow_sampler 'cps' is for flow models, and this one has"):
+        train(replace(config, flow_sampler="cps"), twin("sd2"), lambda: "a fox", redness)
+
+
 # Two Gaussians in the plane, and the velocity that a perfect network would have learnt from them:
 # the noisier of the two is a mixture of Gaussians too, so what to expect of the clean point and of
 # the noise is known in closed form. With any amount of noise, the samples must have the data's mean
@@ -251,6 +309,43 @@ def perfect_velocity(x, timestep):
         clean.append(mean + (x - (1 - t) * mean) @ gain)
     x_0 = (torch.stack(logs).softmax(0)[..., None] * torch.stack(clean)).sum(0)
     return ((x - x_0) / t)[..., None, None]
+
+
+def test_what_flow_cps_tells():
+    "Of a step that is trained in vain; of no noise at all."
+    config = make_config("emoji", **TINY | dict(num_timesteps=4, eta=0.5), flow_sampler="cps",
+                         timestep_fraction=1.0)
+    with pytest.warns(UserWarning, match="the last step of flow_sampler 'cps' has no noise"):
+        check_run(config, twin("sd3"))
+    with pytest.raises(ValueError, match=r"the trained steps \[3\] have no noise"):
+        check_run(replace(config, which_steps="3"), twin("sd3"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_run(replace(config, timestep_fraction=0.75), twin("sd3"))
+    for steps, says in ((2, "raise draft_steps"), (1, "raise eta")):
+        with pytest.raises(ValueError, match=f"beta 0.1 has no effect.*{says}"):
+            check_run(make_config("emoji", **TINY | dict(
+                algorithm="draft", beta=0.1, num_timesteps=4, eta=0.5 if steps == 2 else 0.0),
+                flow_sampler="cps", timestep_fraction=1.0), twin("sd3"))
+
+
+def test_the_card_names_the_sampler():
+    "Without noise a flow model's is plain `diffusers`' own, if that is Euler's; else it is not."
+    for name, more, says in (
+            ("sd3", dict(algorithm="nft", eta=0.0), "sampling without noise), guidance 1"),
+            ("sd3", dict(flow_sampler="cps", eta=0.5, which_steps="1,0", mixed_sampling=True,
+                         timestep_fraction=1.0),
+             "sampling with noise by Flow-CPS, a = 0.5, noise only in steps 0, 1)"),
+            ("sd2", dict(which_steps="0", mixed_sampling=True, timestep_fraction=1.0),
+             "(DDIM, eta 1, noise only in steps 0)")):
+        config, pipe = make_config("emoji", **TINY | more), twin(name)
+        card = model_card(config, pipe, {"prompts": ["a fox"]}, "", False)
+        assert says in card, card
+        assert ("numbers above are of this:" in card) == (config.eta == 0)
+    pipe.scheduler = diffusers.DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True)
+    config = make_config("emoji", **TINY, algorithm="nft", eta=0.0)
+    assert "`diffusers` has its own" in model_card(config, pipe, {"prompts": ["a fox"]}, "", False)
 
 
 def test_too_much_noise_is_told():
@@ -370,14 +465,14 @@ def test_what_xl_is_told():
 
 
 def test_what_cannot_be():
-    "Other classes, guidance for schnell, half a patch, no noise."
+    "Other classes, guidance for schnell, half a patch, less noise than none."
     flux = make_twin("flux-schnell")
     def refused(pipe, error, match, size=32, guidance=1.0, a=0.7):
         with pytest.raises(error, match=match):
             sample(["a fox"], pipe, 2, guidance, a, (size, size))
     refused(flux, ValueError, "takes none.*set cfg to 1", guidance=3.5)
     refused(flux, ValueError, "multiple of 16", size=40)
-    refused(flux, ValueError, "no policy to train", a=0)
+    refused(flux, ValueError, "no policy to train", a=-0.1)
     refused(make_twin("sd3"), ValueError, "multiple of 16", size=24)
     most = 16 * make_twin("sd3").transformer.config.pos_embed_max_size
     refused(make_twin("sd3"), ValueError, f"draws at most {most} pixels a side", size=most + 16)

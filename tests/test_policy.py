@@ -162,7 +162,6 @@ def test_bad_policies():
     refused(TypeError, "not a str", pipe="emoji")
     refused(ValueError, "img_size's height must be a positive multiple of 4", size=(62, 64))
     refused(ValueError, "img_size must be a positive multiple of 4", size=(0, 0))
-    refused(ValueError, "deterministic", eta=0)
     refused(ValueError, "eta must be above 0, not -1", eta=-1)
     refused(ValueError, "At most 1.0", eta=3.0)
     refused(ValueError, "num_inference_steps must be a whole number of at least 1", steps=0)

@@ -120,13 +120,25 @@ def draft(source, folder):
     torch.save([history, flat(pipe)], place)
 
 
+def nft(source, folder):
+    "With an old policy, a penalty, an average of the weights; uneven shares."
+    config = make_config("emoji", algorithm="nft", **FEW | dict(
+        num_epochs=3, num_samples_per_epoch=7, lr=1e-3, beta=0.01, old_decay=0.5, ema_decay=0.5,
+        noise_levels=2, micro_batch_size=2, num_timesteps=3))
+    pipe, names = opened(source).to(torch.float64), iter(range(1000))
+    history = train(config, pipe, lambda: f"animal {next(names) % 5}", brightness)
+    place = f"{folder}/nft-{processes().num_processes}-{processes().process_index}.pt"
+    torch.save([history, flat(pipe)], place)
+
+
 @pytest.mark.slow
-def test_the_number_of_processes_does_not_show_in_draft(twins, tmp_path):
+@pytest.mark.parametrize("run_of", (draft, nft))
+def test_the_number_of_processes_does_not_show_in_others(run_of, twins, tmp_path):
     "One process and two: the same rows, and the same weights to 0.00001."
     for count in (1, 2):
-        codes, said = launch(count, draft, twins["sd2"], str(tmp_path))
+        codes, said = launch(count, run_of, twins["sd2"], str(tmp_path))
         assert codes == [0] * count, said
-    one, first, second = (torch.load(tmp_path / f"draft-{name}.pt", weights_only=True)
+    one, first, second = (torch.load(tmp_path / f"{run_of.__name__}-{name}.pt", weights_only=True)
                           for name in ("1-0", "2-0", "2-1"))
     assert torch.equal(first[1], second[1])
     torch.testing.assert_close(one[1], first[1], rtol=0, atol=1e-5)

@@ -35,7 +35,7 @@ def gradient_of_seven(**changes):
     ours.cache.read(rollout.prompts)
     latents, log_probs = ours.policy.sample(ours.cache(rollout.prompts), g)
     log_probs += 0.02 * torch.randn(log_probs.shape, generator=g)
-    measured = ours.batch_gradient(latents, log_probs, torch.randperm(7, generator=g))
+    measured = ours.batch_gradient([latents, log_probs], torch.randperm(7, generator=g))
     return torch.cat([weight.grad.flatten() for weight in ours.state.weights]), measured
 
 

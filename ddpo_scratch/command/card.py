@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from huggingface_hub import HfApi, ModelCardData
 
 from ddpo_scratch.command.folder import as_yaml
 from ddpo_scratch.models.families import family_of
 from ddpo_scratch.pipelines import EMBEDDED, is_flow
-from ddpo_scratch.trainer.config import ALGORITHMS, HUB_NAME, TrainerConfig
+from ddpo_scratch.trainer.algorithms import ALGORITHMS
+from ddpo_scratch.trainer.config import HUB_NAME, TrainerConfig
 from ddpo_scratch.trainer.precision import DTYPES
 
 # %% ../../nbs/practice/13_command.ipynb 22
@@ -30,7 +31,7 @@ Trained with {method} by `ddpo_scratch`, on prompts from
 
 ![mean reward over the epochs](reward_curve.png)
 
-It was trained to draw in {num_timesteps} steps with noise ({sampler}), guidance {cfg:g},
+It was trained to draw in {num_timesteps} steps ({sampler}), guidance {cfg:g},
 {height} × {width} pixels, in {arithmetic}.
 Unless another sampler is named, the numbers above are of {this}:
 
@@ -53,6 +54,19 @@ def without_folders(
     "The names, with absolute paths shortened to the file's or folder's own name."
     return names and ",".join(
         Path(name).name if Path(name).is_absolute() else name for name in names.split(","))
+
+
+def sampler_of(
+    config: TrainerConfig,
+    flow: bool,  # whether it is a flow model's
+) -> str:
+    "How the model was trained to draw, for its card."
+    kind = {"sde": "noise", "cps": "noise by Flow-CPS"}[config.flow_sampler]
+    name = f"DDIM, eta {config.eta:g}" if not flow else (
+        f"a flow model's sampling with {kind}, a = {config.eta:g}" if config.eta
+        else "a flow model's sampling without noise")
+    steps = ", ".join(map(str, sorted(config.trained_steps)))
+    return name + f", noise only in steps {steps}" * config.mixed_sampling
 
 
 def model_card(
@@ -87,6 +101,10 @@ def model_card(
             "clip_sample", "set_alpha_to_one", "steps_offset", "timestep_spacing"))
         lines.append("pipe.scheduler = DDIMScheduler.from_config(\n    pipe.scheduler.config, "
                      f"{says})")
+    usual, theirs = not config.mixed_sampling, "the code below adds noise in all steps"
+    if flow:
+        usual = config.eta == 0 and isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
+        theirs = "`diffusers` has its own, without noise"
     return CARD.format(
         **asdict(config), **dict(zip(("height", "width"), config.sides)),
         arithmetic="fp32" if config.mixed_precision == "no" else config.mixed_precision,
@@ -96,9 +114,8 @@ def model_card(
                   "reinforcement-learning", config.algorithm, *["lora"] * lora]).to_yaml(),
         method=ALGORITHMS[config.algorithm],
         opening="\n".join(lines), example=run["prompts"][0],
-        sampler=(f"a flow model's sampling with noise, a = {config.eta:g}" if flow
-                 else f"DDIM, eta {config.eta:g}"),
-        this="that sampling;\n`diffusers` has its own, without noise" if flow else "this",
+        sampler=sampler_of(config, flow),
+        this="this" if usual else f"that sampling;\n{theirs}",
         eta_argument="" if flow else f" eta={config.eta},",
         calling="".join(f", {key}={value}" for key, value in family_of(pipe).calling(pipe).items()),
         verdict="\n".join(f"- {line}" for line in verdict.splitlines()),

@@ -53,7 +53,7 @@ def read_config(
     return values
 
 # %% ../../nbs/practice/13_command.ipynb 30
-DESCRIPTION = """Train a text-to-image model on a reward, with DDPO or with the reward's gradient.
+DESCRIPTION = """Train a text-to-image model on a reward, with DDPO or another `--algorithm`.
 
 Without flags: the embedded emoji model learns to follow prompts, a few minutes on two CPU cores.
 `--preset blog`: Stable Diffusion 1.4 and the LAION aesthetic predictor, on a GPU.

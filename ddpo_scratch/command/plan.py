@@ -212,9 +212,11 @@ def make_plan(
     trained = sum(p.numel() for p in work.network.parameters() if p.requires_grad)
     epoch = config.num_samples_per_epoch
     batch, at_a_time = min(config.batch_size, epoch), min(config.sample_batch_size, epoch)
-    draft = config.algorithm == "draft"
-    steps = config.draft_copies if draft else len(config.trained_steps)
+    draft, forward = config.algorithm == "draft", config.algorithm in ("nft", "awm")
+    steps = config.trained_calls
     through = (1 + config.draft_steps) / 2 if config.draft_random else config.draft_steps
+    sampled = config.num_timesteps + (config.noise_levels if forward else -through * draft)
+    kept = 3 * config.noise_levels if forward else config.num_timesteps + 1  # latents of an image
     training = work.training - (config.draft_steps - through) * work.sampling * (
         4 if config.gradient_checkpointing else 3)
     at_once = min(config.micro_batch_size or batch, batch * (1 if draft else steps))
@@ -232,13 +234,14 @@ def make_plan(
                    for weight in work.network.parameters() if weight.requires_grad)
     return Plan(
         trained, count(work.network, *others) - trained,
-        epoch * (config.num_timesteps - draft * through) * work.sampling,
+        epoch * sampled * work.sampling,
         epoch * config.num_inner_epochs * steps * training,
         {name: size(work.network), "its reference": size(*copies),
          "VAE and text encoders": 0 if config.offload else size(*others),
          "models of the rewards": sum(4 * REWARD_WEIGHTS.get(name, 0) for name in rewards),
+         "averages of the weights": 4 * trained * ((config.ema_decay > 0) + (config.old_decay > 0)),
          "gradients": 4 * trained, "AdamW's averages": averages},
-        peaks, 0 if draft else 2 * 4 * epoch * (config.num_timesteps + 1) * latents)
+        peaks, 0 if draft else 2 * 4 * epoch * kept * latents)
 
 # %% ../../nbs/practice/28_plan.ipynb 18
 GPUS = {  # NVIDIA: gigabytes; 10¹² operations a second in fp32 (as TF32) and in 16 bits
@@ -257,6 +260,7 @@ def plan_text(
     def many(count):
         return f"{count / 1e15:.2f} · 10¹⁵" if count > 1e14 else f"{count / 1e12:.2f} · 10¹²"
     name, share = config.pipeline, UTILISATION[config.mixed_precision]
+    kept = "noised images" if config.algorithm in ("nft", "awm") else "trajectories"
     lines = [f"{name}: {plan.trained / 1e6:.1f} million numbers are trained, "
              f"{plan.frozen / 1e6:.1f} million are not", "",
              "memory that is taken all the time:",
@@ -264,7 +268,7 @@ def plan_text(
              "and on top of it, one after the other:",
              *(f"  {gigabytes(size)}  {phase}" for phase, size in plan.peaks.items()),
              f"  {gigabytes(plan.memory)}  in all{without_what(config)}", "",
-             f"in the CPU's memory: {gigabytes(plan.trajectories).strip()} of trajectories", "",
+             f"in the CPU's memory: {gigabytes(plan.trajectories).strip()} of {kept}", "",
              f"operations of an epoch: {many(plan.sampling)} for sampling, "
              f"{many(plan.training)} for training", "",
              f"an epoch, and {config.num_epochs}, at {share:.0%} of a card's peak "

@@ -54,6 +54,7 @@ from ddpo_scratch.trainer.config import MAY_CHANGE, TrainerConfig
 from ddpo_scratch.trainer.ddpo import DDPOTrainer
 from ddpo_scratch.trainer.draft import DRaFTTrainer
 from ddpo_scratch.trainer.evaluation import all_scores, evaluate, fresh_prompts, no_reward, verdict
+from ddpo_scratch.trainer.forward import AWMTrainer, NFTTrainer
 from ddpo_scratch.trainer.lora import adapters_of
 from ddpo_scratch.trainer.policy import Ruined
 from ddpo_scratch.trainer.precision import arithmetic, in_its_own_type, on_the_cpu
@@ -176,7 +177,8 @@ def evaluate_after(
     return "\n".join(lines)
 
 # %% ../../nbs/practice/13_command.ipynb 26
-TRAINERS = {kind.algorithm: kind for kind in (DDPOTrainer, DRaFTTrainer)}
+TRAINERS = {kind.algorithm: kind for kind in (
+    DDPOTrainer, DRaFTTrainer, NFTTrainer, AWMTrainer)}
 
 
 def run_training(
@@ -234,13 +236,13 @@ def run_training(
             progress.after(row["epoch"])
             log.epoch(row, run["progress"].get(f"epoch {row['epoch']}"))
             if row["epoch"] % config.save_every == 0 or row["epoch"] == config.num_epochs: save()
+            on_batch()
         log = Log(config, folder, run["id"], len(state.history))
         with closing(log), stop_after_a_batch() as on_batch:
             try:
                 trainer = TRAINERS[config.algorithm](
                     config, pipe, prompt_fn, reward_fn, eval_rewards, state)
                 trainer.train(on_epoch, on_batch)
-                on_batch()
             except Stopped:
                 save()
                 raise

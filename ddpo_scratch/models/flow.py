@@ -25,11 +25,14 @@ def shift_of(
 def flow_schedule(
     scheduler: SchedulerMixin,           # of a flow model; sets the noise levels
     num_inference_steps: int,            # T
-    a: float,                            # noise of a step, above 0
+    a: float,                            # noise of a step, at least 0; of "cps" at most 1
     sigmas: tuple[float, ...] | None = None,  # levels before the shift; None: its own
     mu: float | None = None,             # from `shift_of`
+    sampler: str = "sde",                # or "cps"
 ) -> Schedule:                            # float32, on the CPU
-    "The table of Flow-GRPO's stochastic sampling (Liu et al. 2025): weights of x̂_0 and ε̂."
+    """The weights of x̂_0 and ε̂ in each step, and its noise.
+
+    "sde" is Flow-GRPO's sampler (Liu et al. 2025), "cps" Flow-CPS (Wang & Yu 2025)."""
     asked = dict(sigmas=sigmas and list(sigmas), mu=mu)
     scheduler.set_timesteps(
         num_inference_steps, **{name: value for name, value in asked.items() if value is not None})
@@ -38,11 +41,17 @@ def flow_schedule(
     if len(t) != num_inference_steps or not (1 >= t[0] and (t > after).all() and after[-1] == 0):
         raise ValueError(f"the noise levels of {type(scheduler).__name__} do not fall from at most "
                          f"1 to 0 in {num_inference_steps} steps, but are {levels.tolist()}.")
-    room = 1 - t
-    if t[0] > 0.99: room[0] = 1 - after[0]  # σ_t diverges at t = 1
-    variance = a**2 * t / room
-    tables = (1 - t, t, 1 - after, after - variance * (t - after) / (2 * t),
-              (variance * (t - after)).sqrt())
+    if sampler == "cps":
+        if a > 1: raise ValueError(f"eta = {a}: with flow_sampler 'cps' at most 1 works, at which "
+                                   "all noise of a step is fresh.")
+        weight, std = after * math.cos(a * math.pi / 2), after * math.sin(a * math.pi / 2)
+    else:
+        room = 1 - t
+        if t[0] > 0.99: room[0] = 1 - after[0]  # σ_t diverges at t = 1
+        variance = a**2 * t / room
+        weight = after - variance * (t - after) / (2 * t)
+        std = (variance * (t - after)).sqrt()
+    tables = (1 - t, t, 1 - after, weight, std)
     return Schedule(scheduler.timesteps.cpu(), *(x.float() for x in tables), "flow", None)
 
 # %% ../../nbs/practice/22_models.ipynb 31
@@ -53,12 +62,13 @@ def warn_of_much_noise(
     """Warn where a step leaves at least twice the noise of the level after it, and 0.4 in excess.
 
     With A = a², the weight of ε̂ in a step is t' − cA, and the variance of its own noise is dA."""
-    level = 1 - schedule.x_0_weight
-    c, d = (level - schedule.noise_weight) / a**2, schedule.std**2 / a**2
+    noisy = schedule.std > 0
+    level = (1 - schedule.x_0_weight)[noisy]
+    c, d = (level - schedule.noise_weight[noisy]) / a**2, schedule.std[noisy] ** 2 / a**2
     excess = (3**0.5 * level).clamp(min=0.4)  # tolerated noise beyond the level's own
     b = d - 2 * c * level
     most = ((-b + (b**2 + 4 * c**2 * excess**2).sqrt()) / (2 * c**2)).min().sqrt()
     if a > most:
-        warnings.warn(f"eta = {a} is so much noise for {len(level)} steps of this model that it "
+        warnings.warn(f"eta = {a} is so much noise for {len(noisy)} steps of this model that it "
                       "sees latents far noisier than it was trained on: take at most "
                       f"{math.floor(20 * most) / 20:g}.", stacklevel=4)

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
 from transformers.utils import logging
 
 from ..models.families import family_of, network_of
@@ -139,7 +140,15 @@ def state_to_dict(
             "micro_batch_size": state.micro_batch_size,
             "sample_batch_size": state.sample_batch_size,
             "units": state.units, "random": state.random, "around": random_states(),
-            "history": state.history, "rollout": rollout}
+            "history": state.history, "rollout": rollout,
+            "averages": {name: one.state_dict() for name, one in averages_of(state).items()}}
+
+
+def averages_of(
+    state,  # `TrainingState`
+) -> dict[str, EMAModel]:
+    "The averages of weights that a run has, by name."
+    return {name: average for name in ("average", "old") if (average := getattr(state, name))}
 
 
 def state_from_dict(
@@ -157,6 +166,9 @@ def state_from_dict(
     state.shuffler.set_state(saved["shuffler"])
     state.units, state.random, state.history = saved["units"], saved["random"], saved["history"]
     for name, value in saved["rollout"].items(): setattr(state.rollout, name, value)
+    for name, average in averages_of(state).items():
+        average.load_state_dict(saved["averages"][name])
+        average.to(state.weights[0].device)
     other_batches = saved["sample_batch_size"] != state.sample_batch_size
     if sampling_is_shared(state) or (other_batches and not state.rollout.batches):
         state.rollout.samples = []

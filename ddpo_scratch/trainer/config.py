@@ -17,7 +17,14 @@ from pathlib import Path
 import numpy as np
 
 from ..config import DDPOConfig
-from ..ranges import HYPERPARAMETERS, check_count, check_not_negative, is_number
+from ddpo_scratch.ranges import (
+    HYPERPARAMETERS,
+    check_count,
+    check_not_negative,
+    check_positive,
+    is_number,
+)
+from .algorithms import ALGORITHMS, check_algorithm
 
 # %% ../../nbs/practice/14_config.ipynb 5
 GROUPS = {
@@ -30,8 +37,8 @@ GROUPS = {
 INHERITED = dict(
     seed="task", num_epochs="work", num_samples_per_epoch="work",
     num_inner_epochs="work", num_timesteps="work", batch_size="learning",
-    weight_decay="learning", max_grad_norm="learning", cfg="limits", eta="limits",
-    clip_ratio="limits", clip_advantages="limits", sample_batch_size="machine")
+    weight_decay="learning", max_grad_norm="learning", cfg="limits", clip_ratio="limits",
+    clip_advantages="limits", sample_batch_size="machine")
 
 
 def setting(
@@ -88,6 +95,11 @@ def check_fraction(name, value):
         raise ValueError(f"{name} must be above 0 and at most 1 (all steps), not {value!r}.")
 
 
+def check_share(name, value):
+    if not is_number(value, low=0) or value >= 1:
+        raise ValueError(f"{name} must be at least 0 (none) and below 1, not {value!r}.")
+
+
 def check_which_steps(name, value):
     if not isinstance(value, str) or not re.fullmatch(r"[0-9]+(,[0-9]+)*", value):
         raise ValueError(f"{name} must be numbers with commas, 0 being the noisiest step, such as "
@@ -118,8 +130,6 @@ def check_targets(name, value):
         raise ValueError(f"{name} must be at least one name of a module, not {value!r}.")
 
 
-ALGORITHMS = {"ddpo": "DDPO (Black et al. 2023, arXiv:2305.13301)",
-              "draft": "DRaFT (Clark et al. 2024, arXiv:2309.17400)"}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four matrices of attention
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -138,7 +148,7 @@ def check_installed(
         raise ValueError(f"{setting} needs the package {package}, which is not installed: "
                          f"pip install 'ddpo_scratch[{package}]' brings it.")
 
-# %% ../../nbs/practice/14_config.ipynb 9
+# %% ../../nbs/practice/14_config.ipynb 11
 def plain_value(
     name: str,  # of a setting
     value,      # from YAML, NumPy or Python
@@ -164,7 +174,7 @@ def plain_value(
         if isinstance(value, (list, tuple)): value = ",".join(str(step).strip() for step in value)
     return value
 
-# %% ../../nbs/practice/14_config.ipynb 10
+# %% ../../nbs/practice/14_config.ipynb 12
 @dataclass(frozen=True)
 class TrainerConfig(DDPOConfig):
     "All settings that are needed to repeat a run. The defaults are the blog's."
@@ -173,6 +183,14 @@ class TrainerConfig(DDPOConfig):
         512, "task", "pixels: the side of a square, or height and width", check_img_size)
     lr: float | None = setting(
         None, "learning", "learning rate of AdamW; None: 5e-6, and 3e-4 for an adapter")
+    eta: float = setting(
+        1.0, "limits", "noise of a step as a share of DDPM's, or a of a flow model; 0: not in ddpo",
+        check_not_negative)
+    flow_sampler: str = setting(
+        "sde", "limits", "flow models: how a step adds noise, sde (Flow-GRPO) or cps (Flow-CPS)",
+        one_of("sde", "cps"))
+    mixed_sampling: bool = setting(
+        False, "limits", "no noise in the steps that are not trained, as in MixGRPO", is_switch)
     buffer_size: int | None = setting(
         None, "limits", "latest rewards kept of a prompt; None: twice min_count, or 32")
     min_count: int | None = setting(
@@ -201,11 +219,10 @@ class TrainerConfig(DDPOConfig):
         None, "work", "the steps that are trained, in place of a fraction: 0,3,6",
         or_none(check_which_steps))
     num_eval_samples: int = setting(
-        128, "work", "fresh images that judge the model before and after training",
-        check_count)
+        128, "work", "fresh images that judge the model before and after training", check_count)
 
     algorithm: str = setting(
-        "ddpo", "learning", "ddpo, for any reward; draft, by the gradient of a reward that has one",
+        "ddpo", "learning", "ddpo, nft, awm: any reward; draft: by the gradient of one that has it",
         one_of(*ALGORITHMS))
     draft_steps: int = setting(
         1, "learning", "draft: K, how many of the last steps the gradient goes through",
@@ -219,6 +236,14 @@ class TrainerConfig(DDPOConfig):
     draft_views: int = setting(
         0, "learning", "draft: the reward is the mean of so many random views; 0: of the image",
         check_rank)
+    noise_levels: int = setting(
+        4, "learning", "nft, awm: K, at how many noise levels each image is trained", check_count)
+    nft_beta: float = setting(
+        1.0, "learning", "nft: how far positive and negative policy are from the old one, beta",
+        check_positive)
+    old_decay: float = setting(
+        0.0, "learning", "nft, awm: after each epoch this share of the policy that samples stays",
+        check_share)
     lora_rank: int = setting(
         0, "learning", "rank of the adapter that is trained in place of the UNet; 0: all weights",
         check_rank)
@@ -233,13 +258,15 @@ class TrainerConfig(DDPOConfig):
         check_targets)
     anneal_lr: bool = setting(
         False, "learning", "lower lr in a straight line, to 0 after the last epoch", is_switch)
+    ema_decay: float = setting(
+        0.0, "learning", "average the weights; at most this share stays at an update; 0: do not",
+        check_share)
     beta: float = setting(
         0.0, "limits", "penalty for leaving the untrained UNet; needs a second one without LoRA",
         check_not_negative)
 
     micro_batch_size: int | None = setting(
-        None, "machine", "pairs of image and step in a UNet call of training; draft: images; "
-        "None: measured",
+        None, "machine", "image-step pairs in a call of training (draft: images); None: measured",
         or_none(check_count))
     compile: bool = setting(
         False, "machine", "torch.compile the UNet's blocks: faster on a GPU after some minutes",
@@ -256,8 +283,7 @@ class TrainerConfig(DDPOConfig):
         False, "machine", "VAE and text encoders wait on the CPU while they are not needed",
         is_switch)
     device: str | None = setting(
-        None, "machine", "any torch device; None: CUDA if there is one, else the CPU",
-        or_none(is_name))
+        None, "machine", "any torch device; None: CUDA if there is one, else CPU", or_none(is_name))
     save_every: int = setting(
         10, "machine", "epochs from one checkpoint to the next; there is one at the end, too",
         check_count)
@@ -295,11 +321,17 @@ class TrainerConfig(DDPOConfig):
         if self.which_steps: return [*map(int, self.which_steps.split(","))]
         return [*range(max(1, round(self.num_timesteps * self.timestep_fraction)))]
 
-# %% ../../nbs/practice/14_config.ipynb 11
+    @property
+    def trained_calls(self) -> int:
+        "How many UNet calls with a gradient an image takes."
+        return {"ddpo": len(self.trained_steps), "draft": self.draft_copies}.get(
+            self.algorithm, self.noise_levels)
+
+# %% ../../nbs/practice/14_config.ipynb 13
 MAY_CHANGE = [one.name for one in fields(TrainerConfig) if one.name == "sample_batch_size"
               or one.metadata.get("may_change")]  # when a run is resumed
 
-# %% ../../nbs/practice/14_config.ipynb 12
+# %% ../../nbs/practice/14_config.ipynb 14
 def check_setting(
     name: str,  # a field of `TrainerConfig`
     value,
@@ -307,28 +339,6 @@ def check_setting(
     "`ValueError` for a value out of range, `TypeError` for a value of the wrong type."
     check = TrainerConfig.__dataclass_fields__[name].metadata.get("check") or HYPERPARAMETERS[name]
     check(name, value)
-
-
-def check_algorithm(
-    c: TrainerConfig,
-) -> None:
-    "`ValueError` for settings that mean nothing to the algorithm, or contradict each other."
-    alien = dict(samples_per_prompt=1, num_inner_epochs=1, which_steps=None) if (
-        c.algorithm == "draft") else dict(
-            draft_steps=1, draft_random=False, draft_copies=1, draft_views=0)
-    for name, value in alien.items():
-        if getattr(c, name) != value:
-            raise ValueError(f"{name} means nothing to algorithm {c.algorithm!r}: leave it at "
-                             f"{value!r}; it is {getattr(c, name)!r}.")
-    if c.draft_steps > c.num_timesteps:
-        raise ValueError(f"draft_steps {c.draft_steps} is more than the {c.num_timesteps} steps of "
-                         "an image (num_timesteps).")
-    if c.draft_copies > 1 and c.draft_steps > 1:
-        raise ValueError(f"draft_copies {c.draft_copies} repeats the last step, and draft_steps "
-                         f"{c.draft_steps} trains the steps before it, too: set one of them to 1.")
-    if c.draft_random and c.draft_steps == 1:
-        raise ValueError("draft_random draws a number of steps up to draft_steps, which is 1: "
-                         "raise that.")
 
 
 def check_together(

@@ -8,8 +8,10 @@ from functools import partial
 
 import torch
 
+from ddpo_scratch.models.conditioning import Conditioning
 from ddpo_scratch.models.families import frozen_parts, text_encoders
 from ddpo_scratch.trainer.gradient import Objective, Samples, add_gradient, step_losses
+from ddpo_scratch.trainer.policy import Trajectory
 from ddpo_scratch.trainer.precision import on_the_cpu, warn_of_rounding
 from ddpo_scratch.trainer.processes import gathered, my_part, sum_gradients
 from ddpo_scratch.trainer.rollout import (
@@ -30,13 +32,13 @@ class DDPOTrainer(Trainer):
 
     def learn(self, epoch: int, on_batch: Callable[[], None]) -> dict[str, torch.Tensor]:
         self.roll_out(epoch, on_batch)
-        scores, latents, log_probs = zip(*self.state.rollout.samples)
+        scores, *kept = zip(*self.state.rollout.samples)
         scores = with_total(self.reward_fn, scores)
         self.weigh(scores["reward"])
-        samples = torch.cat(latents, dim=1), torch.cat(log_probs, dim=1)
+        kept = [torch.cat(parts, dim=1) for parts in kept]
         with on_the_cpu(self.config.offload, *frozen_parts(self.pipe)):
-            self.measure(self.trial, len(self.config.trained_steps))
-            self.update(epoch, partial(self.batch_gradient, *samples), on_batch)
+            self.measure(self.trial, self.config.trained_calls)
+            self.update(epoch, partial(self.batch_gradient, kept), on_batch)
         return scores
 
     def roll_out(self, epoch: int, on_batch: Callable[[], None]) -> None:
@@ -52,10 +54,22 @@ class DDPOTrainer(Trainer):
               AsyncScoring(score, rollout.samples, beside) as scoring):
             drawn = sampled(self.cache, rollout.prompts, batches, partial(self.noise_of, epoch),
                             lambda: state.compiled)
-            for prompts, images, trajectory in self.bar(drawn, "sampling", len(batches)):
-                if prompts: scoring.put(images, prompts, *(x.cpu() for x in trajectory))
+            for batch, (prompts, images, trajectory) in zip(
+                    batches, self.bar(drawn, "sampling", len(batches))):
+                if prompts:
+                    kept = self.kept(epoch, batch, trajectory)
+                    scoring.put(images, prompts, *(x.cpu() for x in kept))
                 on_batch()
         if rollout.advantages is None: rollout.samples = gathered(rollout.samples)
+
+    def kept(
+        self,
+        epoch: int,
+        batch: torch.Tensor,     # samples of the epoch, indices, [B]
+        trajectory: Trajectory,  # that led to them
+    ) -> tuple[torch.Tensor, ...]:  # [·, B, …]
+        "What their update needs."
+        return trajectory
 
     def weigh(self, rewards: torch.Tensor) -> None:
         "Rewards to advantages; and the batches of the updates, in a new order for each pass."
@@ -68,39 +82,51 @@ class DDPOTrainer(Trainer):
 
     def batch_gradient(
         self,
-        latents: torch.Tensor,    # of all samples of the epoch, on the CPU, [T+1, N, C, h, w]
-        log_probs: torch.Tensor,  # [T, N]
-        batch: torch.Tensor,      # which of them, indices, [B]
-    ) -> dict[str, float]:        # of `add_gradient`
+        kept: list[torch.Tensor],  # of all samples of the epoch, on the CPU, [·, N, …]
+        batch: torch.Tensor,       # which of them, indices, [B]
+    ) -> dict[str, float]:         # of `add_gradient`
         "Add the gradient of a batch's loss to the weights' `.grad`; processes share the batch."
-        config, state, device = self.config, self.state, self.policy.device
-        objective = Objective(
-            config.clip_ratio, config.clip_advantages, config.beta, state.reference)
-        mine, measured = my_part(batch), []
+        state, device, mine, measured = self.state, self.policy.device, my_part(batch), []
         if len(mine):
-            samples = Samples(
-                latents[:, mine].to(device), log_probs[:, mine].to(device),
-                state.rollout.advantages[mine].to(device),
-                self.cache([state.rollout.prompts[i] for i in mine]))
             share = len(mine) / len(batch)
             def backward(loss): state.scaler.scale(share * loss).backward()
             with state.compiled:
-                found = add_gradient(self.policy, samples, objective, config.trained_steps,
-                                     state.micro_batch_size, config.compile, backward)
+                found = self.add_gradient(
+                    [values[:, mine].to(device) for values in kept],
+                    state.rollout.advantages[mine].to(device),
+                    self.cache([state.rollout.prompts[i] for i in mine]), backward)
             measured.append((found, len(mine)))
         sum_gradients(state.weights)
         rows, sizes = zip(*gathered(measured))
-        off = max(row["max_log_ratio"] for row in rows)
-        if not (state.history or state.rollout.updates): warn_of_rounding(off, config)
-        return averages(rows, sizes) | {"max_log_ratio": off}
+        measured = averages(rows, sizes)
+        if "max_log_ratio" in measured:
+            measured["max_log_ratio"] = off = max(row["max_log_ratio"] for row in rows)
+            if not (state.history or state.rollout.updates): warn_of_rounding(off, self.config)
+        return measured
+
+    @property
+    def objective(self) -> Objective:
+        config = self.config
+        return Objective(config.clip_ratio, config.clip_advantages, config.beta,
+                         self.state.reference)
+
+    def add_gradient(
+        self,
+        kept: list[torch.Tensor],  # on the policy's device, [·, B, …]
+        advantages: torch.Tensor,  # [B]
+        cond: Conditioning,
+        backward: Callable[[torch.Tensor], None],
+    ) -> dict[str, float]:
+        "Of these samples; what was measured."
+        return add_gradient(
+            self.policy, Samples(*kept, advantages, cond), self.objective,
+            self.config.trained_steps, self.state.micro_batch_size, self.config.compile, backward)
 
     def trial(self, count: int) -> None:
         "Forward and backward of a call with that many pairs of a sample and a step."
-        config, state, device = self.config, self.state, self.policy.device
+        device = self.policy.device
         zeros, pairs = torch.zeros(count, device=device), torch.arange(count, device=device)
         latents = torch.zeros(2, count, *self.policy.latent_shape, device=device)
-        cond = self.cache(state.rollout.prompts[:1] * count)
-        objective = Objective(
-            config.clip_ratio, config.clip_advantages, config.beta, state.reference)
+        cond = self.cache(self.state.rollout.prompts[:1] * count)
         step_losses(self.policy, Samples(latents, zeros[None], zeros, cond), 0 * pairs, pairs,
-                    objective).loss.sum().backward()
+                    self.objective).loss.sum().backward()

@@ -81,9 +81,11 @@ class Policy:
     pipe: DiffusionPipeline
     steps: int                   # T, denoising steps
     guidance_scale: float        # w; at most 1: no guidance
-    eta: float                   # noise of a step, above 0; of a flow model a
+    eta: float                   # noise of a step, 0 … 1 or so; of a flow model a
     size: tuple[int, int]        # height and width of an image, pixels
     mixed_precision: str = "no"  # of the network's arithmetic: "no", "bf16" or "fp16"
+    flow_sampler: str = "sde"    # of a flow model: how a step adds noise, "sde" or "cps"
+    noisy_steps: tuple[int, ...] | None = None  # that add noise, rows of the schedule; None: all
 
     @cached_property
     def family(self) -> StableDiffusion:
@@ -105,14 +107,24 @@ class Policy:
     @cached_property
     def schedule(self) -> Schedule:  # on the network's device
         "DDIM's steps, or those of a flow model. Taken from the scheduler when first used."
+        schedule = self.schedule_of(self.eta)
+        if self.noisy_steps is not None:
+            quiet, noisy = self.schedule_of(0.0), torch.zeros(self.steps, dtype=torch.bool)
+            noisy[[*self.noisy_steps]] = True
+            schedule = schedule._replace(
+                noise_weight=torch.where(noisy, schedule.noise_weight, quiet.noise_weight),
+                std=schedule.std * noisy)
+        return schedule.to(self.device)
+
+    def schedule_of(self, eta: float) -> Schedule:
+        "With that much noise in every step, on the CPU."
         scheduler, (_, height, width) = self.pipe.scheduler, self.latent_shape
-        if isinstance(scheduler, DDIMScheduler):
-            return ddim_schedule(scheduler, self.steps, self.eta).to(self.device)
+        if isinstance(scheduler, DDIMScheduler): return ddim_schedule(scheduler, self.steps, eta)
         own = scheduler.config.get("use_flow_sigmas")
         sigmas = None if own else self.family.sigmas(self.steps)
         patch = self.family.patch
         mu = shift_of(scheduler, (height // patch) * (width // patch))
-        return flow_schedule(scheduler, self.steps, self.eta, sigmas, mu).to(self.device)
+        return flow_schedule(scheduler, self.steps, eta, sigmas, mu, self.flow_sampler)
 
     @torch.no_grad()
     def encode(
@@ -212,7 +224,8 @@ def check_policy(
     check_pipe(policy.pipe)
     if not isinstance(policy.size, tuple) or len(policy.size) != 2:
         raise TypeError(f"size is height and width of an image, (512, 512), not {policy.size!r}.")
-    check_steps(policy.guidance_scale, policy.steps, policy.eta)
+    eta = 1.0 if policy.eta == 0 else policy.eta  # without noise: other algorithms than DDPO may
+    check_steps(policy.guidance_scale, policy.steps, eta)
     if policy.guidance_scale > 1 and not policy.family.takes_guidance(policy.pipe):
         raise ValueError(f"guidance_scale is {policy.guidance_scale}, and this model takes none "
                          "(it was distilled to need none, like Flux schnell): set cfg to 1.")

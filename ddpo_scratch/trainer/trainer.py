@@ -8,14 +8,16 @@ __all__ = []
 # %% ../../nbs/practice/18_trainer.ipynb 3
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..checks import check_reward_fn
@@ -56,8 +58,9 @@ def policy_of(
     pipe: DiffusionPipeline,
 ) -> Policy:
     "The policy that a run samples from and trains."
+    noisy = tuple(config.trained_steps) if config.mixed_sampling else None
     return Policy(pipe, config.num_timesteps, config.cfg, config.eta, config.sides,
-                  config.mixed_precision)
+                  config.mixed_precision, config.flow_sampler, noisy)
 
 
 def check_rewards_of(
@@ -71,6 +74,20 @@ def check_rewards_of(
     for fn in (reward_fn, *eval_rewards.values()): check_reward_fn(fn)
 
 
+def check_noise(
+    config: TrainerConfig,
+    std: torch.Tensor,  # of the trained steps
+) -> None:
+    "`ValueError` if none of them has noise; a warning if the last of Flow-CPS has none."
+    if not std.any():
+        raise ValueError(f"the trained steps {config.trained_steps} have no noise, and so no "
+                         "gradient. Take others: which_steps, timestep_fraction.")
+    if config.flow_sampler == "cps" and not std.all():
+        warnings.warn("the last step of flow_sampler 'cps' has no noise and no gradient, and is "
+                      "trained in vain: leave it out with timestep_fraction or which_steps.",
+                      stacklevel=3)
+
+
 def check_run(
     config: TrainerConfig,
     pipe: DiffusionPipeline,
@@ -78,17 +95,18 @@ def check_run(
     "`TypeError` or `ValueError` where the pipeline cannot do what the configuration says."
     policy = policy_of(config, pipe)
     check_policy(policy)
+    if config.flow_sampler != "sde" and not is_flow(pipe.scheduler):
+        raise ValueError(f"flow_sampler {config.flow_sampler!r} is for flow models, and this one "
+                         f"has a {type(pipe.scheduler).__name__}: leave it at 'sde'.")
     network, schedule = policy.network, policy.schedule
     check_precision(config.mixed_precision, policy.device)
     if config.compile: check_compiler(policy.device)
-    if config.algorithm == "ddpo" and not schedule.std[config.trained_steps].any():
-        raise ValueError(f"which_steps {config.which_steps!r}: a step without noise has no "
-                         "gradient, and none of these has noise. Take others.")
+    if config.algorithm == "ddpo": check_noise(config, schedule.std[config.trained_steps])
     if config.algorithm == "draft" and config.beta > 0 and not (
             schedule.std[-config.draft_steps:].any()):
-        raise ValueError(f"beta {config.beta} has no effect: the last steps have no noise (the "
-                         "scheduler's set_alpha_to_one), so no divergence. Set beta to 0, or "
-                         "raise draft_steps.")
+        raise ValueError(f"beta {config.beta} has no effect: the last steps have no noise, so no "
+                         "divergence. Set beta to 0, or raise "
+                         + ("draft_steps." if schedule.std.any() else "eta."))
     if config.use_8bit_adam: check_installed("bitsandbytes", "use_8bit_adam")
     if config.log_with: check_installed(config.log_with, f"log_with {config.log_with}")
     if config.num_samples_per_epoch < processes().num_processes:
@@ -122,7 +140,7 @@ class Rollout:
     "An epoch under way, of N samples."
     prompts: list[str] = field(default_factory=list)  # N
     samples: list[list] = field(default_factory=list)  # of each batch, on the CPU: scores by name,
-    #                                                    trajectories, log-probabilities
+    #                                                    and what the algorithm keeps, [·, B, …]
     advantages: torch.Tensor | None = None  # [N], once all are sampled
     batches: list[torch.Tensor] = field(default_factory=list)  # of the updates: samples' indices
     updates: list[dict] = field(default_factory=list)  # what was measured at each update
@@ -139,7 +157,8 @@ class TrainingState:
         check_run(config, pipe)
         set_seed(config.seed)
         policy = policy_of(config, pipe)
-        if is_flow(pipe.scheduler): warn_of_much_noise(config.eta, policy.schedule)
+        if is_flow(pipe.scheduler) and config.eta > 0 and config.flow_sampler == "sde":
+            warn_of_much_noise(config.eta, policy.schedule)
         network, is_new = policy.network, config.lora_rank and not config.lora_from
         if config.lora_from: load_lora(pipe, config.lora_from)
         elif config.lora_rank:
@@ -149,6 +168,9 @@ class TrainingState:
         same_everywhere(network)
         self.reference = None if config.beta == 0 else (
             AdapterOff(network) if is_new else frozen_copy(network))
+        self.average, self.old = (
+            EMAModel(self.weights, most, min_decay=least) if most else None
+            for most, least in ((config.ema_decay, 0.0), (config.old_decay, config.old_decay)))
         self.compiled = Compiled(network, self.reference) if config.compile else nullcontext()
         self.optimizer = make_optimizer(self.weights, config)
         self.scaler = torch.amp.GradScaler(
@@ -161,6 +183,20 @@ class TrainingState:
         self.units = {}  # of a `WeightedSum`
         self.random = random_states()  # of the prompts
         self.history, self.rollout, self.is_whole = [], Rollout(), True
+
+
+@contextmanager
+def in_place(
+    average: EMAModel | None,            # None: nothing changes
+    weights: list[torch.nn.Parameter],
+):
+    "The weights are the average's, for a while."
+    if average: average.store(weights)
+    try:
+        if average: average.copy_to(weights)
+        yield
+    finally:
+        if average: average.restore(weights)
 
 # %% ../../nbs/practice/18_trainer.ipynb 11
 def averages(
@@ -231,6 +267,9 @@ class Trainer:
     ) -> list[dict]:                                  # a row of metrics for each epoch
         """Train until `num_epochs` are done. `Ruined` if all updates of an epoch are not finite.
 
+        With `ema_decay`, the weights are in the end their average over the updates. To go on
+        later, save in `on_epoch`: the state after the end has the average in place of the weights.
+
         A row holds epoch, reward_mean, reward_std, the means of a sum's parts (reward_…) and of
         `eval_rewards` (eval_…), loss, grad_norm, what the algorithm measures, skipped (updates)
         and seconds; where beta is above 0 ref_kl, too."""
@@ -253,6 +292,7 @@ class Trainer:
             state.rollout = Rollout()
             self.print_row(row)
             on_epoch(row)
+        if state.average: state.average.copy_to(state.weights)
         return state.history
 
     def draw_prompts(self) -> None:
@@ -286,6 +326,7 @@ class Trainer:
             skip = not math.isfinite(measured["loss"] + norm)
             state.is_whole = False  # an update is made and counted, or it is not
             if not skip: state.scaler.step(state.optimizer)
+            if state.average and not skip: state.average.step(state.weights)
             state.scaler.update()
             rollout.updates.append(
                 {"loss": measured["loss"], "grad_norm": norm} | measured | {"skipped": skip})

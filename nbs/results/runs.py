@@ -183,7 +183,7 @@ def incompressible():
     return watched("incompressible", config, 128, 2, HERE / "gamed_incompressible.png")
 
 
-# Chapter 30. Five minutes by the reward's own gradient, four times the default.
+# Chapter 30. Five minutes by the reward's own gradient, five times the default.
 DRAFTS = {"four views": 4, "the image itself": 0}
 
 
