@@ -698,6 +698,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                            'ddpo_scratch/trainer/gradient.py'),
                                                'ddpo_scratch.trainer.gradient.add_gradient': ( 'practice/gradient.html#add_gradient',
                                                                                                'ddpo_scratch/trainer/gradient.py'),
+                                               'ddpo_scratch.trainer.gradient.clipped_loss': ( 'practice/gradient.html#clipped_loss',
+                                                                                               'ddpo_scratch/trainer/gradient.py'),
                                                'ddpo_scratch.trainer.gradient.gaussian_kl': ( 'practice/gradient.html#gaussian_kl',
                                                                                               'ddpo_scratch/trainer/gradient.py'),
                                                'ddpo_scratch.trainer.gradient.in_calls': ( 'practice/gradient.html#in_calls',

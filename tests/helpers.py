@@ -24,7 +24,9 @@ from ddpo_scratch.command.run import TRAINERS
 from ddpo_scratch.models.families import frozen_parts, network_of
 from ddpo_scratch.pipelines import ddim_scheduler, is_flow, load_pipeline
 from ddpo_scratch.trainer import policy
+from ddpo_scratch.trainer.checkpoints import Stopped, load_checkpoint, save_checkpoint
 from ddpo_scratch.trainer.policy import Policy, check_policy
+from ddpo_scratch.trainer.trainer import TrainingState
 from ddpo_scratch.workshop.twins import make_twin
 
 TINY = dict(num_epochs=2, num_samples_per_epoch=7, samples_per_prompt=1, sample_batch_size=3,
@@ -142,6 +144,35 @@ def train(config, pipe, prompt_fn, reward_fn, *callbacks, eval_rewards={}, state
     "A trainer's whole run: the rows of its epochs."
     return TRAINERS[config.algorithm](
         config, pipe, prompt_fn, reward_fn, eval_rewards, state).train(*callbacks, **others)
+
+
+def run_until(config, prompt_fn, reward_fn, stop=None, checkpoint=None):
+    "A twin's run, perhaps up to that batch, perhaps from a checkpoint: pipeline and state."
+    pipe, done = twin("sd2"), []
+    state = TrainingState(config, pipe)
+    if checkpoint: load_checkpoint(checkpoint, pipe, state)
+    def on_batch():
+        done.append(1)
+        if len(done) == stop: raise Stopped("SIGTERM")
+    try:
+        train(config, pipe, prompt_fn, reward_fn, on_batch=on_batch, state=state)
+    except Stopped: pass
+    return pipe, state
+
+
+def goes_on(run, stops):
+    """Of a run (stop=, checkpoint=) that stops after these batches and is resumed: the same weights
+    and rows as of a whole one, to the last bit. The names of the checkpoints."""
+    (whole, state), names = run(), []
+    for stop in stops:
+        with TemporaryDirectory() as folder:
+            checkpoint = save_checkpoint(Path(folder), 1, *run(stop=stop), {})
+            again, resumed = run(checkpoint=checkpoint)
+        assert torch.equal(flat(again), flat(whole)), stop
+        for ours, theirs in zip(resumed.history, state.history, strict=True):
+            assert ours | {"seconds": 0} == theirs | {"seconds": 0}, stop
+        names.append(checkpoint.name)
+    return names
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """Tests of chapter `nbs/practice/30_draft.ipynb`."""
 import copy
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import open_clip
@@ -15,7 +13,6 @@ from ddpo_scratch.command.plan import make_plan
 from ddpo_scratch.rewards import MLP, AestheticReward, JPEGCompressibility
 from ddpo_scratch.scorers.names import WeightedSum
 from ddpo_scratch.scorers.scorers import CLIPScore, clip_pixels
-from ddpo_scratch.trainer.checkpoints import Stopped, load_checkpoint, save_checkpoint
 from ddpo_scratch.trainer.ddpo import DDPOTrainer
 from ddpo_scratch.trainer.draft import DRaFTTrainer, decoded, views
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts
@@ -30,9 +27,10 @@ from helpers import (
     ddpo_train,
     embedded,
     fake_gpu,
-    flat,
+    goes_on,
     last_line,
     redness,
+    run_until,
     train,
     twin,
 )
@@ -352,27 +350,10 @@ def test_a_run_goes_on_after_any_batch():
              dict(draft_copies=2, lora_rank=2, beta=0.1, mixed_precision="fp16"))
     for kind in kinds:
         config = make_config("emoji", **TINY | kind)
-        def run(stop=None, checkpoint=None):
-            pipe, done = twin("sd2"), []
-            state = TrainingState(config, pipe)
-            if checkpoint: load_checkpoint(checkpoint, pipe, state)
-            def on_batch():
-                done.append(1)
-                if len(done) == stop: raise Stopped("SIGTERM")
+        def run(**how):
             reward = WeightedSum({"blue": Bluish(), "more": Bluish()}, {"blue": 1, "more": 0.5})
-            try:
-                train(config, pipe, make_prompt_fn("emoji_animal_prompts"), reward,
-                      on_batch=on_batch, state=state)
-            except Stopped: pass
-            return pipe, state
-        whole, state = run()
-        for stop in (1, 2, 3):
-            with TemporaryDirectory() as folder:
-                pipe, cut = run(stop)
-                again, resumed = run(checkpoint=save_checkpoint(Path(folder), 1, pipe, cut, {}))
-            assert torch.equal(flat(again), flat(whole)), (kind, stop)
-            for ours, theirs in zip(resumed.history, state.history, strict=True):
-                assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+            return run_until(config, make_prompt_fn("emoji_animal_prompts"), reward, **how)
+        goes_on(run, (1, 2, 3))
 
 
 def test_the_plan_counts_the_last_steps():

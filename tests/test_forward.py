@@ -1,7 +1,6 @@
 """Tests of chapter `nbs/practice/31_forward.ipynb`."""
 import copy
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +8,6 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from ddpo_scratch.command.plan import make_plan
-from ddpo_scratch.trainer.checkpoints import Stopped, load_checkpoint, save_checkpoint
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts
 from ddpo_scratch.trainer.forward import (
     AWMTrainer,
@@ -33,8 +31,10 @@ from helpers import (
     embedded,
     fake_gpu,
     flat,
+    goes_on,
     opened,
     redness,
+    run_until,
     train,
     twin,
 )
@@ -312,26 +312,8 @@ def test_a_run_goes_on_after_any_batch():
              dict(algorithm="awm", lora_rank=2, beta=0.1, mixed_precision="bf16", old_decay=0.4))
     for kind in kinds:
         config = make_config("emoji", **TINY | dict(num_epochs=3) | kind)
-        def run(stop=None, checkpoint=None):
-            pipe, done = twin("sd2"), []
-            state = TrainingState(config, pipe)
-            if checkpoint: load_checkpoint(checkpoint, pipe, state)
-            def on_batch():
-                done.append(1)
-                if len(done) == stop: raise Stopped("SIGTERM")
-            try:
-                train(config, pipe, make_prompt_fn("emoji_animal_prompts"), Bluish(),
-                      on_batch=on_batch, state=state)
-            except Stopped: pass
-            return pipe, state
-        whole, state = run()
-        for stop in (5, 7, 8, 9):
-            with TemporaryDirectory() as folder:
-                pipe, cut = run(stop)
-                again, resumed = run(checkpoint=save_checkpoint(Path(folder), 1, pipe, cut, {}))
-            assert torch.equal(flat(again), flat(whole)), (kind, stop)
-            for ours, theirs in zip(resumed.history, state.history, strict=True):
-                assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+        prompt_fn = make_prompt_fn("emoji_animal_prompts")
+        goes_on(partial(run_until, config, prompt_fn, Bluish()), (5, 7, 8, 9))
 
 
 def test_the_plan_counts_the_levels():

@@ -21,6 +21,7 @@ from .architectures import Made, configurations, models, move_here
 from ..models.conditioning import Conditioning
 from ..sampling import Schedule
 from ..scorers.names import reward_weights
+from ..trainer.algorithms import FORWARD
 from ..trainer.config import TrainerConfig
 from ..trainer.draft import decoded
 from ..trainer.gradient import Objective, Samples, step_losses
@@ -212,7 +213,7 @@ def make_plan(
     trained = sum(p.numel() for p in work.network.parameters() if p.requires_grad)
     epoch = config.num_samples_per_epoch
     batch, at_a_time = min(config.batch_size, epoch), min(config.sample_batch_size, epoch)
-    draft, forward = config.algorithm == "draft", config.algorithm in ("nft", "awm")
+    draft, forward = config.algorithm == "draft", config.algorithm in FORWARD
     steps = config.trained_calls
     through = (1 + config.draft_steps) / 2 if config.draft_random else config.draft_steps
     sampled = config.num_timesteps + (config.noise_levels if forward else -through * draft)
@@ -260,7 +261,7 @@ def plan_text(
     def many(count):
         return f"{count / 1e15:.2f} · 10¹⁵" if count > 1e14 else f"{count / 1e12:.2f} · 10¹²"
     name, share = config.pipeline, UTILISATION[config.mixed_precision]
-    kept = "noised images" if config.algorithm in ("nft", "awm") else "trajectories"
+    kept = "noised images" if config.algorithm in FORWARD else "trajectories"
     lines = [f"{name}: {plan.trained / 1e6:.1f} million numbers are trained, "
              f"{plan.frozen / 1e6:.1f} million are not", "",
              "memory that is taken all the time:",

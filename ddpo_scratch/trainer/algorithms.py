@@ -8,12 +8,12 @@ ALGORITHMS = {
     "draft": "DRaFT (Clark et al. 2024, arXiv:2309.17400)",
     "nft": "DiffusionNFT (Zheng et al. 2025, arXiv:2509.16117)",
     "awm": "Advantage Weighted Matching (Xue et al. 2025, arXiv:2509.25050)"}
+FORWARD = ("nft", "awm")  # those that learn from noised images
 MEANT_FOR = {
-    **dict.fromkeys(("samples_per_prompt", "num_inner_epochs", "which_steps"),
-                    ("ddpo", "nft", "awm")),
+    **dict.fromkeys(("samples_per_prompt", "num_inner_epochs", "which_steps"), ("ddpo", *FORWARD)),
     "mixed_sampling": ("ddpo",),
     **dict.fromkeys(("draft_steps", "draft_random", "draft_copies", "draft_views"), ("draft",)),
-    **dict.fromkeys(("noise_levels", "old_decay"), ("nft", "awm")), "nft_beta": ("nft",)}
+    **dict.fromkeys(("noise_levels", "old_decay"), FORWARD), "nft_beta": ("nft",)}
 
 
 def check_algorithm(

@@ -13,14 +13,12 @@ from typing import NamedTuple
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from ..loss import clipped_surrogate
 from ..models.conditioning import Conditioning
 from ..sampling import Schedule
 from .ddpo import DDPOTrainer
-from .gradient import Objective, in_calls
+from .gradient import Objective, clipped_loss, in_calls
 from .policy import Policy, Trajectory
 from .trainer import in_place
-from ..training import TRAINING, noise_sources
 
 # %% ../../nbs/practice/31_forward.ipynb 5
 def noised(
@@ -118,11 +116,7 @@ def awm_loss(
     objective: Objective,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # loss; where the gradient is clipped, bool; [P]
     "Advantage weighted matching (Xue et al. 2025): DDPO's loss of the pretraining loss."
-    likelihood, original = -error(prediction, target), -error(old, target)
-    advantages = advantages.clamp(-objective.clip_advantages, objective.clip_advantages)
-    loss = clipped_surrogate(likelihood, original, advantages, objective.clip_ratio)
-    ratio = (likelihood - original).detach().exp()
-    return loss, loss.detach() > -advantages * ratio
+    return clipped_loss(-error(prediction, target), -error(old, target), advantages, objective)
 
 # %% ../../nbs/practice/31_forward.ipynb 10
 class ForwardTrainer(DDPOTrainer):
@@ -145,8 +139,8 @@ class ForwardTrainer(DDPOTrainer):
     ) -> tuple[torch.Tensor, ...]:
         "`Noised`, without what is known later."
         config, policy, x_0 = self.config, self.policy, trajectory.latents[-1]
-        numbers, first = batch.tolist(), epoch * config.num_samples_per_epoch
-        generators = noise_sources(config.seed + 2**31, TRAINING, [first + i for i in numbers])
+        numbers = batch.tolist()
+        generators = self.noise_of(epoch, numbers, config.seed + 2**31)  # no run has such a seed
         cond = self.cache([self.state.rollout.prompts[i] for i in numbers])
         steps = stratified(sorted(config.trained_steps), config.noise_levels, generators)
         steps = steps.to(x_0.device)

@@ -52,6 +52,19 @@ class StepLoss(NamedTuple):
     ref_kl: torch.Tensor     # divergence from the reference, detached, nats; 0 without one
 
 # %% ../../nbs/practice/16_gradient.ipynb 9
+def clipped_loss(
+    log_probs: torch.Tensor,   # of the policy, [P]
+    original: torch.Tensor,    # of the one that sampled, [P]
+    advantages: torch.Tensor,  # [P]
+    objective: Objective,
+) -> tuple[torch.Tensor, torch.Tensor]:  # loss; where the clip has made its gradient 0, bool; [P]
+    "The tutorial's clipped surrogate, with clipped advantages."
+    advantages = advantages.clamp(-objective.clip_advantages, objective.clip_advantages)
+    loss = clipped_surrogate(log_probs, original, advantages, objective.clip_ratio)
+    ratio = (log_probs - original).detach().exp()
+    return loss, loss.detach() > -advantages * ratio
+
+# %% ../../nbs/practice/16_gradient.ipynb 10
 def step_losses(
     policy: Policy,
     samples: Samples,
@@ -64,11 +77,8 @@ def step_losses(
     mean, std = policy.step(x_t, step, cond)
     log_probs = calculate_log_probs(samples.latents[step + 1, sample], mean, std).flatten(1).mean(1)
     original = samples.log_probs[step, sample]
-    advantages = samples.advantages[sample].clamp(
-        -objective.clip_advantages, objective.clip_advantages)
-    loss = clipped_surrogate(log_probs, original, advantages, objective.clip_ratio)
+    loss, clipped = clipped_loss(log_probs, original, samples.advantages[sample], objective)
     log_ratio = (log_probs - original).detach()
-    clipped = loss.detach() > -advantages * log_ratio.exp()
     ref_kl = torch.zeros_like(log_ratio)
     if objective.beta > 0:
         with torch.no_grad(): ref_mean, _ = policy.step(x_t, step, cond, objective.reference)
@@ -76,7 +86,7 @@ def step_losses(
         loss = loss + objective.beta * ref_kl
     return StepLoss(loss, log_ratio, clipped, ref_kl.detach())
 
-# %% ../../nbs/practice/16_gradient.ipynb 11
+# %% ../../nbs/practice/16_gradient.ipynb 12
 def in_calls(
     losses: Callable,      # (steps, samples), indices, [P] each → a `NamedTuple` of [P]; loss first
     steps: list[int],      # S
@@ -100,7 +110,7 @@ def in_calls(
         parts.append(found._replace(loss=found.loss.detach()))
     return type(found)(*map(torch.cat, zip(*parts)))
 
-# %% ../../nbs/practice/16_gradient.ipynb 12
+# %% ../../nbs/practice/16_gradient.ipynb 13
 def summed_up(
     found: StepLoss,  # of all trained steps of all samples, without graphs
     count: int,       # of samples, B
@@ -116,7 +126,7 @@ def summed_up(
         -log_ratio.mean(), log_ratio.abs().max(), ref_kl.mean()]).tolist()
     return dict(zip(("loss", "clip_fraction", "approx_kl", "max_log_ratio", "ref_kl"), values))
 
-# %% ../../nbs/practice/16_gradient.ipynb 13
+# %% ../../nbs/practice/16_gradient.ipynb 14
 def add_gradient(
     policy: Policy,
     samples: Samples,      # B

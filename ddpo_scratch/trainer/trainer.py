@@ -168,9 +168,9 @@ class TrainingState:
         same_everywhere(network)
         self.reference = None if config.beta == 0 else (
             AdapterOff(network) if is_new else frozen_copy(network))
-        self.average, self.old = (
-            EMAModel(self.weights, most, min_decay=least) if most else None
-            for most, least in ((config.ema_decay, 0.0), (config.old_decay, config.old_decay)))
+        decay, share = config.ema_decay, config.old_decay
+        self.average = EMAModel(self.weights, decay) if decay else None
+        self.old = EMAModel(self.weights, share, min_decay=share) if share else None
         self.compiled = Compiled(network, self.reference) if config.compile else nullcontext()
         self.optimizer = make_optimizer(self.weights, config)
         self.scaler = torch.amp.GradScaler(
@@ -303,10 +303,16 @@ class Trainer:
             rollout.prompts = [prompt for prompt in prompts for _ in repeats]
         self.cache.read(rollout.prompts)
 
-    def noise_of(self, epoch: int, numbers: list[int]) -> list[torch.Generator]:
+    def noise_of(
+        self,
+        epoch: int,
+        numbers: list[int],
+        seed: int | None = None,  # None: the run's
+    ) -> list[torch.Generator]:
         "A generator for each of these samples of the epoch."
         first = epoch * self.config.num_samples_per_epoch
-        return noise_sources(self.config.seed, TRAINING, [first + i for i in numbers])
+        return noise_sources(self.config.seed if seed is None else seed, TRAINING,
+                             [first + i for i in numbers])
 
     def update(
         self,
