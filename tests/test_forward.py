@@ -167,7 +167,7 @@ def test_the_gradient_is_the_papers(algorithm, beta):
     old = copy.deepcopy(pipe)
     more = dict(nft_beta=0.5) if algorithm == "nft" else {}
     ours, kept = made(pipe, algorithm=algorithm, beta=beta, clip_advantages=1.0, clip_ratio=1e-3,
-                      **more)
+                      cfg=3.0, **more)  # of the images that are sampled
     shaken(pipe)
     found, measured = gradient_of(ours, kept)
     settings = old, kept, ours.state.rollout.advantages.double(), ours.config

@@ -131,8 +131,19 @@ def nft(source, folder):
     torch.save([history, flat(pipe)], place)
 
 
+def dpo(source, folder):
+    "Pairs in uneven shares, one process with images of a prompt that the other has, too."
+    config = make_config("emoji", algorithm="dpo", **FEW | dict(
+        num_epochs=3, num_samples_per_epoch=9, samples_per_prompt=3, batch_size=6, lr=1e-3,
+        beta=500.0, noise_levels=2, micro_batch_size=2, num_timesteps=3))
+    pipe, names = opened(source).to(torch.float64), iter(range(1000))
+    history = train(config, pipe, lambda: f"animal {next(names) % 5}", brightness)
+    place = f"{folder}/dpo-{processes().num_processes}-{processes().process_index}.pt"
+    torch.save([history, flat(pipe)], place)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("run_of", (draft, nft))
+@pytest.mark.parametrize("run_of", (draft, nft, dpo))
 def test_the_number_of_processes_does_not_show_in_others(run_of, twins, tmp_path):
     "One process and two: the same rows, and the same weights to 0.00001."
     for count in (1, 2):

@@ -22,10 +22,10 @@ from ddpo_scratch.trainer.precision import DTYPES
 CARD = """---
 {head}
 ---
-# {pipeline}, trained on the reward `{reward}`
+# {pipeline}, trained on {trained_on}
 
-Trained with {method} by `ddpo_scratch`, on prompts from
-`{prompts}`. On {num_eval_samples} prompts, each with the same noise before and after:
+Trained with {method} by `ddpo_scratch`. On {num_eval_samples} prompts from
+`{prompts}`, each with the same noise before and after:
 
 {verdict}
 
@@ -82,7 +82,7 @@ def model_card(
     is_embedded = config.pipeline in EMBEDDED
     base = "path/to/" * Path(config.pipeline).is_absolute() + without_folders(config.pipeline)
     config = replace(config, **{name: without_folders(getattr(config, name)) for name in (
-        "pipeline", "prompts", "reward", "eval_rewards", "lora_from")})
+        "pipeline", "prompts", "reward", "eval_rewards", "lora_from", "preferences")})
     parts = "".join(f", {part}=None" for part in ("text_encoder_3", "tokenizer_3")
                     if getattr(pipe, part, "") is None)  # diffusers has to be told
     in_16_bits = lora and config.mixed_precision != "no"
@@ -113,6 +113,8 @@ def model_card(
             tags=["text-to-image", "stable-diffusion" if name.startswith("Stable") else "flux",
                   "reinforcement-learning", config.algorithm, *["lora"] * lora]).to_yaml(),
         method=ALGORITHMS[config.algorithm],
+        trained_on=f"the preferences in `{config.preferences}`" if config.preferences
+        else f"the reward `{config.reward}`",
         opening="\n".join(lines), example=run["prompts"][0],
         sampler=sampler_of(config, flow),
         this="this" if usual else f"that sampling;\n{theirs}",

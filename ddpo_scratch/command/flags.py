@@ -105,7 +105,7 @@ def parse(
     first = argparse.ArgumentParser("ddpo_train", add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "name", "resume", "pipeline"): first.add_argument(f"--{name}")
     followed = ("buffer_size", "min_count", "samples_per_prompt", "num_samples_per_epoch",
-                "lora_rank", "lora_from", "algorithm")  # defaults of others depend on them
+                "lora_rank", "lora_from", "algorithm", "preferences")  # others' defaults follow
     for name in followed:
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     given = {name: None if value == "None" else value
@@ -122,9 +122,10 @@ def parse(
         raise ValueError(f"there is no run in {resume!r}: it has no config.yaml.")
     changes = read_config(file) if file else {}
     if not resume:
-        changes.update({name: int(value) if value.isdecimal() else value
-                        for name, value in given.items() if value and (
-                            value.isdecimal() or name in ("lora_from", "algorithm"))})
+        words = ("lora_from", "algorithm", "preferences")
+        changes.update({name: value if name in words else int(value)
+                        for name, value in given.items()
+                        if value and (name in words or value.isdecimal())})
     pipeline = None if resume or preset else pipeline or changes.get("pipeline")
     found = None
     if pipeline and not {"-h", "--help"} & {*argv}:

@@ -98,7 +98,8 @@ def what_ran(
         reward=named(reward_fn),
         scale_rewards=getattr(reward_fn, "scaled", config.scale_rewards),
         eval_rewards=",".join(map(named, eval_rewards.values())) or None,
-        lora_from=config.lora_from and str(Path(config.lora_from).absolute()),
+        **{name: value and str(Path(value).absolute()) for name, value in (
+            ("lora_from", config.lora_from), ("preferences", config.preferences))},
         device=config.device or pipe.device.type)
 
 # %% ../../nbs/practice/13_command.ipynb 14

@@ -109,9 +109,10 @@ class Work:
 
     def train(self, policy, latents, cond) -> None:
         zeros, pairs = torch.zeros(latents.shape[1]), torch.arange(latents.shape[1])
+        if self.config.algorithm in FORWARD: cond = cond.unguided()
         config, samples = self.config, Samples(latents, zeros[None], zeros, cond)
-        objective = Objective(
-            config.clip_ratio, config.clip_advantages, config.beta, self.reference)
+        beta = 0 if config.algorithm == "dpo" else config.beta  # there, sampling asks the reference
+        objective = Objective(config.clip_ratio, config.clip_advantages, beta, self.reference)
         step_losses(policy, samples, 0 * pairs, pairs, objective).loss.sum().backward()
 
     def learn(self, policy, latents, cond) -> None:
@@ -216,7 +217,8 @@ def make_plan(
     draft, forward = config.algorithm == "draft", config.algorithm in FORWARD
     steps = config.trained_calls
     through = (1 + config.draft_steps) / 2 if config.draft_random else config.draft_steps
-    sampled = config.num_timesteps + (config.noise_levels if forward else -through * draft)
+    sampled = 0 if config.preferences else config.num_timesteps
+    sampled += config.noise_levels / (1 + work.guided) if forward else -through * draft
     kept = 3 * config.noise_levels if forward else config.num_timesteps + 1  # latents of an image
     training = work.training - (config.draft_steps - through) * work.sampling * (
         4 if config.gradient_checkpointing else 3)

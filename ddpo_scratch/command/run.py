@@ -58,6 +58,7 @@ from ddpo_scratch.trainer.forward import AWMTrainer, NFTTrainer
 from ddpo_scratch.trainer.lora import adapters_of
 from ddpo_scratch.trainer.policy import Ruined
 from ddpo_scratch.trainer.precision import arithmetic, in_its_own_type, on_the_cpu
+from ddpo_scratch.trainer.preferences import DPOTrainer
 from ddpo_scratch.trainer.processes import from_the_first, gathered, print_once
 from ddpo_scratch.trainer.rollout import sampling_batches
 from ddpo_scratch.trainer.trainer import TrainingState, check_run, policy_of
@@ -178,7 +179,7 @@ def evaluate_after(
 
 # %% ../../nbs/practice/13_command.ipynb 26
 TRAINERS = {kind.algorithm: kind for kind in (
-    DDPOTrainer, DRaFTTrainer, NFTTrainer, AWMTrainer)}
+    DDPOTrainer, DRaFTTrainer, NFTTrainer, AWMTrainer, DPOTrainer)}
 
 
 def run_training(

@@ -32,6 +32,10 @@ class Conditioning:
         return tuple(Conditioning(tree_map(lambda x: x.chunk(2)[half], self.rows), False)
                      for half in (0, 1))
 
+    def unguided(self) -> "Conditioning":
+        "That of the prompts alone."
+        return self.halves()[1] if self.guided else self
+
     @staticmethod
     def joined(parts: list["Conditioning"]) -> "Conditioning":
         "Concatenate the samples of several unguided conditionings."

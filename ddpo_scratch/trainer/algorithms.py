@@ -7,13 +7,15 @@ ALGORITHMS = {
     "ddpo": "DDPO (Black et al. 2023, arXiv:2305.13301)",
     "draft": "DRaFT (Clark et al. 2024, arXiv:2309.17400)",
     "nft": "DiffusionNFT (Zheng et al. 2025, arXiv:2509.16117)",
-    "awm": "Advantage Weighted Matching (Xue et al. 2025, arXiv:2509.25050)"}
-FORWARD = ("nft", "awm")  # those that learn from noised images
+    "awm": "Advantage Weighted Matching (Xue et al. 2025, arXiv:2509.25050)",
+    "dpo": "Diffusion-DPO (Wallace et al. 2024, arXiv:2311.12908)"}
+FORWARD = ("nft", "awm", "dpo")  # those that learn from noised images
 MEANT_FOR = {
     **dict.fromkeys(("samples_per_prompt", "num_inner_epochs", "which_steps"), ("ddpo", *FORWARD)),
     "mixed_sampling": ("ddpo",),
     **dict.fromkeys(("draft_steps", "draft_random", "draft_copies", "draft_views"), ("draft",)),
-    **dict.fromkeys(("noise_levels", "old_decay"), FORWARD), "nft_beta": ("nft",)}
+    "noise_levels": FORWARD, "old_decay": ("nft", "awm"), "nft_beta": ("nft",),
+    "preferences": ("dpo",)}
 
 
 def check_algorithm(
@@ -27,7 +29,7 @@ def check_algorithm(
                              f"{default!r}; it is {getattr(c, name)!r}.")
     if c.eta == 0 and c.algorithm == "ddpo":
         raise ValueError("eta must be above 0: without noise a step is deterministic, and DDPO has "
-                         "no gradient. (draft, nft and awm need no noise.)")
+                         "no gradient. (The other algorithms need no noise.)")
     if c.mixed_sampling and len(c.trained_steps) == c.num_timesteps:
         raise ValueError("mixed_sampling has no effect, because all steps are trained: set "
                          "which_steps or timestep_fraction.")
@@ -40,3 +42,21 @@ def check_algorithm(
     if c.draft_random and c.draft_steps == 1:
         raise ValueError("draft_random draws a number of steps up to draft_steps, which is 1: "
                          "raise that.")
+    if c.algorithm == "dpo": check_dpo(c)
+
+
+def check_dpo(
+    c,  # `TrainerConfig`
+) -> None:
+    "`ValueError` for settings with which there are no pairs, or no loss."
+    if c.beta == 0:
+        raise ValueError("beta is 0, which means no loss in DPO. The larger it is, the nearer the "
+                         "model stays to the untrained one; the authors' program has 2500, written "
+                         "as 5000 and halved.")
+    if c.preferences and c.samples_per_prompt != 2:
+        raise ValueError(f"samples_per_prompt is {c.samples_per_prompt}, and in preferences a "
+                         "prompt has two images: set it to 2.")
+    if c.samples_per_prompt < 2 or c.batch_size < 2:
+        raise ValueError(f"samples_per_prompt is {c.samples_per_prompt} and batch_size "
+                         f"{c.batch_size}: DPO compares images of a prompt, so it needs at least "
+                         "2 of each.")

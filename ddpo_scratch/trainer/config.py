@@ -72,6 +72,11 @@ def is_name(name, value):
                         "to run_training or DDPOTrainer.)")
 
 
+def is_folder(name, value):
+    is_name(name, value)
+    if not value: raise ValueError(f"{name} is empty: the name of a folder is wanted, or None.")
+
+
 def is_switch(name, value):
     if not isinstance(value, bool):
         raise TypeError(f"{name} is True or False, not {value!r}.")
@@ -163,7 +168,7 @@ def plain_value(
     if name == "img_size" and isinstance(value, (list, tuple)):
         sides = tuple(x.item() if isinstance(x, np.generic) else x for x in value)
         return sides[0] if len(sides) == 2 and sides[0] == sides[1] else sides
-    if name == "lora_from" and isinstance(value, Path):
+    if name in ("lora_from", "preferences") and isinstance(value, Path):
         return str(value)
     if name == "mixed_precision" and value is False:  # YAML reads no so
         return "no"
@@ -222,7 +227,7 @@ class TrainerConfig(DDPOConfig):
         128, "work", "fresh images that judge the model before and after training", check_count)
 
     algorithm: str = setting(
-        "ddpo", "learning", "ddpo, nft, awm: any reward; draft: by the gradient of one that has it",
+        "ddpo", "learning", "ddpo, nft, awm, dpo: any reward; draft: by the gradient of a network",
         one_of(*ALGORITHMS))
     draft_steps: int = setting(
         1, "learning", "draft: K, how many of the last steps the gradient goes through",
@@ -237,13 +242,17 @@ class TrainerConfig(DDPOConfig):
         0, "learning", "draft: the reward is the mean of so many random views; 0: of the image",
         check_rank)
     noise_levels: int = setting(
-        4, "learning", "nft, awm: K, at how many noise levels each image is trained", check_count)
+        4, "learning", "nft, awm, dpo: K, at how many noise levels each image is trained",
+        check_count)
     nft_beta: float = setting(
         1.0, "learning", "nft: how far positive and negative policy are from the old one, beta",
         check_positive)
     old_decay: float = setting(
         0.0, "learning", "nft, awm: after each epoch this share of the policy that samples stays",
         check_share)
+    preferences: str | None = setting(
+        None, "learning", "dpo: folder of preferred and rejected images; None: samples, by reward",
+        or_none(is_folder))
     lora_rank: int = setting(
         0, "learning", "rank of the adapter that is trained in place of the UNet; 0: all weights",
         check_rank)
@@ -262,8 +271,8 @@ class TrainerConfig(DDPOConfig):
         0.0, "learning", "average the weights; at most this share stays at an update; 0: do not",
         check_share)
     beta: float = setting(
-        0.0, "limits", "penalty for leaving the untrained UNet; needs a second one without LoRA",
-        check_not_negative)
+        0.0, "limits", "penalty for leaving the untrained UNet; dpo: β of its loss; needs a second "
+        "UNet without LoRA", check_not_negative)
 
     micro_batch_size: int | None = setting(
         None, "machine", "image-step pairs in a call of training (draft: images); None: measured",

@@ -33,7 +33,7 @@ class DDPOTrainer(Trainer):
     def learn(self, epoch: int, on_batch: Callable[[], None]) -> dict[str, torch.Tensor]:
         self.roll_out(epoch, on_batch)
         scores, *kept = zip(*self.state.rollout.samples)
-        scores = with_total(self.reward_fn, scores)
+        scores = self.total(scores)
         self.weigh(scores["reward"])
         kept = [torch.cat(parts, dim=1) for parts in kept]
         with on_the_cpu(self.config.offload, *frozen_parts(self.pipe)):
@@ -62,6 +62,10 @@ class DDPOTrainer(Trainer):
                 on_batch()
         if rollout.advantages is None: rollout.samples = gathered(rollout.samples)
 
+    def total(self, scores: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        "The batches' scores put together; the reward comes first."
+        return with_total(self.reward_fn, scores)
+
     def kept(
         self,
         epoch: int,
@@ -83,18 +87,18 @@ class DDPOTrainer(Trainer):
     def batch_gradient(
         self,
         kept: list[torch.Tensor],  # of all samples of the epoch, on the CPU, [·, N, …]
-        batch: torch.Tensor,       # which of them, indices, [B]
+        batch: torch.Tensor,       # which of them, indices, [B]; of pairs [B, 2]
     ) -> dict[str, float]:         # of `add_gradient`
         "Add the gradient of a batch's loss to the weights' `.grad`; processes share the batch."
         state, device, mine, measured = self.state, self.policy.device, my_part(batch), []
         if len(mine):
-            share = len(mine) / len(batch)
+            share, samples = len(mine) / len(batch), mine.flatten()
             def backward(loss): state.scaler.scale(share * loss).backward()
             with state.compiled:
                 found = self.add_gradient(
-                    [values[:, mine].to(device) for values in kept],
-                    state.rollout.advantages[mine].to(device),
-                    self.cache([state.rollout.prompts[i] for i in mine]), backward)
+                    [values[:, samples].to(device) for values in kept],
+                    state.rollout.advantages[samples].to(device),
+                    self.cache([state.rollout.prompts[i] for i in samples]), backward)
             measured.append((found, len(mine)))
         sum_gradients(state.weights)
         rows, sizes = zip(*gathered(measured))

@@ -186,8 +186,7 @@ class DRaFTTrainer(Trainer):
         "Clean latents with a gradient, [b, C, h, w], and the penalty, [b]; of each copy."
         policy, schedule, last = self.policy, self.policy.schedule, self.policy.steps - 1
         shape = (len(cond), *policy.latent_shape)
-        dtype = torch.promote_types(policy.network.dtype, torch.float32)
-        def draw(): return randn_tensor(shape, noise, policy.device, dtype)
+        def draw(): return randn_tensor(shape, noise, policy.device, policy.dtype)
 
         latents, ref_kl = draw(), 0.0
         for step in range(policy.steps):

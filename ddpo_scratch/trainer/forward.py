@@ -50,7 +50,7 @@ class Noised(NamedTuple):
     "B sampled images at K noise levels each, and what they are worth; on the policy's device."
     x_t: torch.Tensor     # [K, B, C, h, w]
     target: torch.Tensor  # what the network should predict for it, same shape
-    old: torch.Tensor     # what the policy that sampled the images predicts, same shape
+    old: torch.Tensor     # what the policy that sampled them predicts (dpo: the reference), too
     step: torch.Tensor    # rows of the schedule, [K, B]
     advantages: torch.Tensor  # [B]
     cond: Conditioning        # of their prompts
@@ -58,10 +58,10 @@ class Noised(NamedTuple):
 
 class Matching(NamedTuple):
     "Of P pairs of a noise level and an image; tensors of [P]."
-    loss: torch.Tensor     # to be back-propagated
-    change: torch.Tensor   # mean squared difference from the old policy's prediction, detached
-    clipped: torch.Tensor  # where the advantage (nft) or the gradient (awm) is clipped, bool
-    ref_kl: torch.Tensor   # mean squared difference from the reference's, detached; 0 without one
+    loss: torch.Tensor           # to be back-propagated
+    policy_change: torch.Tensor  # mean squared difference from the old prediction, detached
+    clip_fraction: torch.Tensor  # 1 where the advantage (nft) or the gradient (awm) is clipped
+    ref_kl: torch.Tensor         # mean squared difference from the reference's, or 0; detached
 
 
 def error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ def matching_losses(
         with torch.no_grad(): reference = policy.predict(x_t, n, cond, objective.reference)
         ref_kl = error(prediction, reference)
         loss = loss + objective.beta * ref_kl
-    return Matching(loss, error(prediction, old).detach(), clipped, ref_kl.detach())
+    return Matching(loss, error(prediction, old).detach(), clipped.to(loss.dtype), ref_kl.detach())
 
 # %% ../../nbs/practice/31_forward.ipynb 8
 def nft_loss(
@@ -120,7 +120,8 @@ def awm_loss(
 
 # %% ../../nbs/practice/31_forward.ipynb 10
 class ForwardTrainer(DDPOTrainer):
-    "What both share: they keep noised images in place of trajectories."
+    "What they share: they keep noised images in place of trajectories."
+    compared = 1  # how many images a loss is of
 
     def learn(self, epoch: int, on_batch: Callable[[], None]) -> dict[str, torch.Tensor]:
         scores = super().learn(epoch, on_batch)
@@ -133,6 +134,15 @@ class ForwardTrainer(DDPOTrainer):
     def roll_out(self, epoch: int, on_batch: Callable[[], None]) -> None:
         with in_place(self.state.old, self.state.weights): super().roll_out(epoch, on_batch)
 
+    @property
+    def other(self) -> torch.nn.Module:
+        "The network whose predictions the trained one's are compared with: as it is now."
+        return self.policy.network
+
+    def forward_noise(self, epoch: int, numbers: list[int]) -> list[torch.Generator]:
+        "A generator for each of these samples of the epoch, for its levels and noise."
+        return self.noise_of(epoch, numbers, self.config.seed + 2**31)  # no run has such a seed
+
     @torch.no_grad()
     def kept(
         self, epoch: int, batch: torch.Tensor, trajectory: Trajectory,
@@ -140,8 +150,8 @@ class ForwardTrainer(DDPOTrainer):
         "`Noised`, without what is known later."
         config, policy, x_0 = self.config, self.policy, trajectory.latents[-1]
         numbers = batch.tolist()
-        generators = self.noise_of(epoch, numbers, config.seed + 2**31)  # no run has such a seed
-        cond = self.cache([self.state.rollout.prompts[i] for i in numbers])
+        generators = self.forward_noise(epoch, numbers)
+        cond = self.cache([self.state.rollout.prompts[i] for i in numbers]).unguided()
         steps = stratified(sorted(config.trained_steps), config.noise_levels, generators)
         steps = steps.to(x_0.device)
         found = []
@@ -149,29 +159,33 @@ class ForwardTrainer(DDPOTrainer):
             noise = randn_tensor(x_0.shape, generators, x_0.device, x_0.dtype)
             x_t, target = noised(x_0, noise, step, policy.schedule)
             with self.state.compiled:
-                old = policy.predict(x_t, policy.schedule.timesteps[step], cond, policy.network)
+                old = policy.predict(x_t, policy.schedule.timesteps[step], cond, self.other)
             found.append((x_t, target, old))
         return *map(torch.stack, zip(*found)), steps
 
+    def losses(self, images: Noised) -> Callable:  # as `in_calls` wants it
+        return partial(
+            matching_losses, self.policy, images, self.loss_of, objective=self.objective)
+
     def add_gradient(self, kept, advantages, cond, backward) -> dict[str, float]:
-        count, images = len(advantages), Noised(*kept, advantages, cond)
-        losses = partial(matching_losses, self.policy, images, self.loss_of,
-                         objective=self.objective)
-        found = in_calls(losses, [*range(self.config.noise_levels)], count, advantages.device,
-                         self.state.micro_batch_size, self.config.compile, backward)
-        values = torch.stack([found.loss.sum() / count, found.change.mean(),
-                              found.clipped.to(found.loss.dtype).mean(), found.ref_kl.mean()])
-        return dict(zip(("loss", "policy_change", "clip_fraction", "ref_kl"), values.tolist()))
+        count, size = len(advantages) // self.compared, self.state.micro_batch_size
+        found = in_calls(
+            self.losses(Noised(*kept, advantages, cond.unguided())),
+            [*range(self.config.noise_levels)], count, advantages.device,
+            size and max(1, size // self.compared), self.config.compile, backward)
+        means = torch.stack([found.loss.sum() / count, *(x.mean() for x in found[1:])])
+        return dict(zip(found._fields, means.tolist()))
 
     def trial(self, count: int) -> None:
-        "Forward and backward of a call with that many pairs."
-        device = self.policy.device
-        x = torch.zeros(1, count, *self.policy.latent_shape, device=device)
-        pairs = torch.arange(count, device=device)
-        cond = self.cache(self.state.rollout.prompts[:1] * count)
-        images = Noised(x, x, x, 0 * pairs[None], torch.zeros(count, device=device), cond)
-        matching_losses(self.policy, images, self.loss_of, 0 * pairs, pairs,
-                        self.objective).loss.sum().backward()
+        "Forward and backward of a call with that many pairs of an image and a level."
+        device, count = self.policy.device, max(1, count // self.compared)
+        images = count * self.compared
+        x = torch.zeros(1, images, *self.policy.latent_shape, device=device)
+        step = torch.zeros(1, images, dtype=torch.long, device=device)
+        cond = self.cache(self.state.rollout.prompts[:1] * images).unguided()
+        noised, numbers = Noised(x, x, x, step, x[0, :, 0, 0, 0], cond), torch.arange(count)
+        numbers = numbers.to(device)
+        self.losses(noised)(0 * numbers, numbers).loss.sum().backward()
 
 # %% ../../nbs/practice/31_forward.ipynb 11
 class NFTTrainer(ForwardTrainer):

@@ -99,6 +99,11 @@ class Policy:
     def device(self) -> torch.device:
         return self.network.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        "Of latents: float32 for a network in 16 bits, too."
+        return torch.promote_types(self.network.dtype, torch.float32)
+
     @cached_property
     def latent_shape(self) -> tuple[int, int, int]:  # C, h, w
         channels = self.network.config.in_channels // self.family.packed
@@ -179,8 +184,7 @@ class Policy:
     ) -> Trajectory:
         "Draw images' latents, with all steps that led to them."
         shape = (len(cond), *self.latent_shape)
-        dtype = torch.promote_types(self.network.dtype, torch.float32)  # of a half model, too
-        def draw(): return randn_tensor(shape, generators, self.device, dtype)
+        def draw(): return randn_tensor(shape, generators, self.device, self.dtype)
 
         latents, log_probs = [draw()], []
         for step in range(self.steps):

@@ -125,6 +125,9 @@ def make_config(
     if algorithm := changes.get("algorithm"):
         none = {name: known[name].default for name, algorithms in MEANT_FOR.items()
                 if algorithm not in algorithms}
+        if algorithm == "dpo":
+            few = 2 if changes.get("preferences") else max(2, PRESETS[preset].samples_per_prompt)
+            none |= dict(beta=2500.0, samples_per_prompt=few)
         changes = none | (EMOJI.get(algorithm, {}) if preset == "emoji" else {}) | changes
     counts = {"buffer_size", "min_count"}
     if len(counts & changes.keys()) == 1:  # the other follows from it

@@ -39,6 +39,7 @@ from ddpo_scratch.trainer.lora import (
     load_lora,
     trained_weights,
 )
+from .pairs import read_preferences
 from .policy import Policy, Ruined, check_policy
 from .precision import check_precision, make_optimizer
 from ddpo_scratch.trainer.processes import (
@@ -107,6 +108,7 @@ def check_run(
         raise ValueError(f"beta {config.beta} has no effect: the last steps have no noise, so no "
                          "divergence. Set beta to 0, or raise "
                          + ("draft_steps." if schedule.std.any() else "eta."))
+    if config.preferences: read_preferences(config.preferences)
     if config.use_8bit_adam: check_installed("bitsandbytes", "use_8bit_adam")
     if config.log_with: check_installed(config.log_with, f"log_with {config.log_with}")
     if config.num_samples_per_epoch < processes().num_processes:
@@ -142,7 +144,8 @@ class Rollout:
     samples: list[list] = field(default_factory=list)  # of each batch, on the CPU: scores by name,
     #                                                    and what the algorithm keeps, [·, B, …]
     advantages: torch.Tensor | None = None  # [N], once all are sampled
-    batches: list[torch.Tensor] = field(default_factory=list)  # of the updates: samples' indices
+    batches: list[torch.Tensor] = field(default_factory=list)  # of the updates: samples' indices,
+    #                                                            [B], or pairs of them, [P, 2]
     updates: list[dict] = field(default_factory=list)  # what was measured at each update
 
 

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,6 +53,7 @@ from ddpo_scratch.scorers.names import WeightedSum, make_reward
 from ddpo_scratch.trainer.checkpoints import write_file
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts, no_reward
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
+from ddpo_scratch.trainer.trainer import in_place
 from ddpo_scratch.training import EVALUATION, noise_sources
 from ddpo_scratch.workshop.drawings import BACKGROUNDS
 from ddpo_scratch.workshop.emoji_model import named_right
@@ -77,9 +79,9 @@ REINFORCES = {
 
 # Chapter 12. A reward that does not read the prompt, first with large steps; then the cures.
 GAMED = dict(reward="jpeg_compressibility", cfg=3.0, samples_per_prompt=1, batch_size=16)
-SMALL_STEPS = GAMED | dict(num_epochs=16, lr=1.5e-4)
+SMALL_STEPS = GAMED | dict(num_epochs=16, lr=7e-5)
 CURES = {
-    "in haste": GAMED | dict(num_epochs=10, lr=3e-4, clip_ratio=1e-2, min_count=256),
+    "in haste": GAMED | dict(num_epochs=10, lr=1.4e-4, clip_ratio=2.5e-3, min_count=256),
     "compressibility alone": SMALL_STEPS,
     "with the animal reward": SMALL_STEPS | dict(reward="jpeg_compressibility:1,animal:2"),
     "with a KL penalty": SMALL_STEPS | dict(beta=1.0),
@@ -107,22 +109,34 @@ def watched(
     limit: float = float("inf"),  # seconds of training, after which it ends with a look
     measure=lambda images, prompts: {},  # → more columns
     on_look=lambda epoch, images: None,  # gets them
+    kind=None,  # of trainer; None: the algorithm's
 ) -> list[dict]:     # a row for each look
-    "Train, and look at fresh pictures on the way: how large, and how many right animals?"
+    """Train, and look at fresh pictures on the way: how large, and how many right animals?
+
+    With `ema_decay`, the pictures are those of the average, and "last" is the share of the last
+    weights. Seconds are those of training alone."""
     pipe, rows, looks = load_pipeline(config.pipeline, "cpu"), [], []
     prompt_fn, reward_fn = make_prompt_fn(config.prompts), make_reward(config.reward, "cpu")
     prompts = fresh_prompts(config, prompt_fn)
     if isinstance(reward_fn, WeightedSum):
         evaluate(config, pipe, prompts, reward_fn)  # takes its units, as in the command
     prompts = prompts[:looked_at]
+    kind = kind or TRAINERS[config.algorithm]
+    trainer = kind(config, pipe, prompt_fn, reward_fn)
 
     def look(epoch, seconds):
-        images, sizes = evaluate(config, pipe, prompts, kilobytes)
+        average, more = trainer.state.average if epoch else None, {}
+        with in_place(average, trainer.state.weights):
+            images, sizes = evaluate(config, pipe, prompts, kilobytes)
+        if trainer.state.average:
+            last, _ = evaluate(config, pipe, prompts, no_reward) if average else (images, None)
+            more = {"last": round(share_right(last, prompts, judge), 4)}
         looks.append((epoch, images))
         rows.append({
             "run": name, "seed": config.seed, "epoch": epoch, "seconds": round(seconds, 1),
             "kilobytes": round(-sizes.mean().item(), 4),
-            "right": round(share_right(images, prompts, judge), 4)} | measure(images, prompts))
+            "right": round(share_right(images, prompts, judge), 4)} | more
+            | measure(images, prompts))
         print(rows[-1], flush=True)
         on_look(epoch, images)
 
@@ -135,7 +149,7 @@ def watched(
     seconds = 0.0
     look(0, seconds)
     try:
-        TRAINERS[config.algorithm](config, pipe, prompt_fn, reward_fn).train(on_epoch)
+        trainer.train(on_epoch)
     except TimeIsUp: pass
     if strip:
         first = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:6]
@@ -225,6 +239,43 @@ def draft():
             part.set_title(title, fontsize=9, loc="left")
         rows += watched(name, config, 256, 4, measure=measured, on_look=show)
     write_file(HERE / "draft.png", png_bytes(figure))
+    return rows
+
+
+# Chapter 32. Every algorithm as `ddpo_train --algorithm …` has it.
+ALGORITHMS_COMPARED = {"ddpo": 3, "draft": 1, "nft": 2, "awm": 2, "dpo": 2}  # epochs between looks
+
+
+def comparison(seed: int):
+    "Chapter 32, with README. A quarter of an hour a seed, on a machine with nothing else."
+    def measured(images, prompts): return {"spread": round(spread(images, prompts), 4)}
+    rows = []
+    for algorithm, every in ALGORITHMS_COMPARED.items():
+        config = make_config("emoji", algorithm=algorithm, seed=seed)
+        found = watched(algorithm, config, 256, every, measure=measured)
+        rows += [row | {"last": row.get("last", "")} for row in found]
+    return rows
+
+
+VALUES = {"per prompt": {}, "value": dict(baseline=True),
+          "γ = 0.9": dict(gamma=0.9, baseline=False)}
+
+
+def value():
+    "Chapter 33; the class stands there."
+    rows = []
+    trainer = names_of_cell("practice/33_value.ipynb", "class ValueTrainer(")["ValueTrainer"]
+    for seed in (0, 1):
+        for name, changes in VALUES.items():
+            made = []
+            def kind(*args):
+                made.append(type("Changed", (trainer,), changes)(*args))
+                return made[0]
+            def explained(images, prompts):
+                if not made or not made[0].explained: return {"explained": ""}
+                return {"explained": " ".join(f"{x:.3f}" for x in made[0].explained[-1])}
+            rows += watched(name, make_config("emoji", seed=seed), 256, 4, measure=explained,
+                            kind=kind if changes else None)
     return rows
 
 
@@ -482,8 +533,9 @@ def plans():
 
 
 TABLES = {function.__name__: function for function in (
-    groups, reinforce, steps, gamed, incompressible, draft, hero, right, samplers, flow,
+    groups, reinforce, steps, gamed, incompressible, draft, value, hero, right, samplers, flow,
     flow_noise, guidance, named, processes, backgrounds, evaluations, plans)}
+TABLES |= {f"comparison{seed}": partial(comparison, seed) for seed in (0, 1, 2)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
