@@ -21,6 +21,7 @@ from .trainer.trainer import *
 from .trainer.ddpo import DDPOTrainer
 from .trainer.draft import *
 from .trainer.forward import *
+from .trainer.preferences import *
 from .trainer.trainer import TrainingState
 from .trainer.evaluation import *
 from .command.run import run_training

@@ -184,7 +184,7 @@ def test_the_gradient_is_the_papers(algorithm, beta):
                             direction.split([p.numel() for p in ours.state.weights])):
                 p += by * d.view_as(p)
             return loss_by_hand(other, *settings).item()
-    slope = (shifted(1e-4) - shifted(-1e-4)) / 2e-4
+    slope = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
     assert slope == pytest.approx(found.norm().item(), rel=2e-2) and slope > 0
 
 

@@ -67,9 +67,9 @@ class DPOTrainer(ForwardTrainer):
         return self.state.reference
 
     def forward_noise(self, epoch: int, numbers: list[int]) -> list[torch.Generator]:
-        "The same for all images of a prompt."
-        group = self.config.samples_per_prompt
-        return super().forward_noise(epoch, [i // group * group for i in numbers])
+        "The same for both images of a pair from a folder."
+        if self.config.preferences: numbers = [i // 2 * 2 for i in numbers]
+        return super().forward_noise(epoch, numbers)
 
     def losses(self, images: Noised) -> Callable:
         return partial(preference_losses, self.policy, images, objective=self.objective)

@@ -81,7 +81,8 @@ PRESETS: dict[str, TrainerConfig] = {
 EMOJI = {  # the preset's changes for other algorithms
     "draft": dict(num_epochs=8, lr=1e-4, anneal_lr=True, draft_views=4),
     "nft": dict(num_epochs=16, lr=1e-4, noise_levels=2, nft_beta=0.1, ema_decay=0.9),
-    "awm": dict(num_epochs=16, lr=1e-4, noise_levels=2, clip_ratio=1e-3, ema_decay=0.9)}
+    "awm": dict(num_epochs=16, lr=1e-4, noise_levels=2, clip_ratio=1e-3, ema_decay=0.9),
+    "dpo": dict(num_epochs=16, lr=3e-5, noise_levels=2, beta=400.0, ema_decay=0.9)}
 PRESETS["flux"] = replace(
     PRESETS["sd35"], pipeline="black-forest-labs/FLUX.1-dev", mixed_precision="bf16",
     num_timesteps=6, cfg=3.5, eta=0.9, beta=0.0, clip_ratio=1e-3, sample_batch_size=3,

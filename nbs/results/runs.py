@@ -1,8 +1,10 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
-`groups`, `reinforce`, `steps`, `gamed`, `incompressible` and `draft` train, and have a line for
-each look at fresh pictures on the way; chapters 12 and 30 have pictures, too. The others look at
-what commands have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
+`groups`, `reinforce`, `steps`, `gamed`, `incompressible`, `draft`, `dpo_noise`, `value` and
+`comparison0` to `comparison2` train, and have a line for each look at fresh pictures on the way;
+chapters 12 and 30 have pictures, too. (The seconds of `dpo_noise`, `gamed`, `incompressible` and
+`reinforce` are of one thread beside other work.) The others look at what commands have left in
+runs/: `right`, `samplers` and `backgrounds` at the three runs
 
     ddpo_train --seed N --name seedN
 
@@ -15,12 +17,10 @@ whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `evaluations` at 
                                                                    of one thread, elsewhere)
 
 and `flow` at `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`, N 0 and 1.
-`plans` computes what the presets for large models take. The pictures of `gamed` were reduced to 256
-colours afterwards.
+`plans` computes what the presets for large models take.
 
-Of the first version of the embedded model are still reinforce.csv, steps.csv, gamed.csv,
-incompressible.csv, guidance.csv, bench.csv and sweep.csv; all others are of the second (November
-2026). The rows "clipped" of reinforce.csv are the first version's "running" of groups.csv.
+Of the first version of the embedded model are still steps.csv, bench.csv and sweep.csv; all others
+are of the second (November 2026).
 """
 import argparse
 import csv
@@ -32,6 +32,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from io import BytesIO
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -40,6 +41,8 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
+from value import ValueTrainer
 
 from ddpo_scratch.animals import load_classifier, load_judge, right_ones, share_right
 from ddpo_scratch.command.figures import csv_text, png_bytes, progress_strip
@@ -52,6 +55,7 @@ from ddpo_scratch.sampling import decoding_fn, sd_sample
 from ddpo_scratch.scorers.names import WeightedSum, make_reward
 from ddpo_scratch.trainer.checkpoints import write_file
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts, no_reward
+from ddpo_scratch.trainer.preferences import DPOTrainer
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.trainer.trainer import in_place
 from ddpo_scratch.training import EVALUATION, noise_sources
@@ -98,6 +102,13 @@ STEPS = {
 
 class TimeIsUp(Exception):
     pass
+
+
+def in_few_colours(png: bytes) -> bytes:
+    "A picture with 256 colours, a third of the size."
+    smaller = BytesIO()
+    Image.open(BytesIO(png)).convert("RGB").quantize(256).save(smaller, "PNG", optimize=True)
+    return smaller.getvalue()
 
 
 def watched(
@@ -157,7 +168,7 @@ def watched(
         columns = [images[first] for _, images in shown]
         titles = [f"epoch {epoch}" if epoch else "before" for epoch, _ in shown]
         figure = progress_strip(columns, titles, [prompts[i] for i in first])
-        write_file(strip, png_bytes(figure))
+        write_file(strip, in_few_colours(png_bytes(figure)))
     return rows
 
 
@@ -257,19 +268,33 @@ def comparison(seed: int):
     return rows
 
 
+class SharedNoise(DPOTrainer):
+    "All images of a prompt are noised in the same way."
+    def forward_noise(self, epoch, numbers):
+        group = self.config.samples_per_prompt
+        return super().forward_noise(epoch, [i // group * group for i in numbers])
+
+
+def dpo_noise():
+    "Chapter 32."
+    config = make_config("emoji", algorithm="dpo", num_epochs=6, beta=100.0, lr=3e-5,
+                         noise_levels=4, ema_decay=0.0)
+    return [row for name, kind in (("shared", SharedNoise), ("own", DPOTrainer))
+            for row in watched(name, config, 256, 3, kind=kind)]
+
+
 VALUES = {"per prompt": {}, "value": dict(baseline=True),
           "γ = 0.9": dict(gamma=0.9, baseline=False)}
 
 
 def value():
-    "Chapter 33; the class stands there."
+    "A baseline for each step."
     rows = []
-    trainer = names_of_cell("practice/33_value.ipynb", "class ValueTrainer(")["ValueTrainer"]
     for seed in (0, 1):
         for name, changes in VALUES.items():
             made = []
             def kind(*args):
-                made.append(type("Changed", (trainer,), changes)(*args))
+                made.append(type("Changed", (ValueTrainer,), changes)(*args))
                 return made[0]
             def explained(images, prompts):
                 if not made or not made[0].explained: return {"explained": ""}
@@ -533,8 +558,8 @@ def plans():
 
 
 TABLES = {function.__name__: function for function in (
-    groups, reinforce, steps, gamed, incompressible, draft, value, hero, right, samplers, flow,
-    flow_noise, guidance, named, processes, backgrounds, evaluations, plans)}
+    groups, reinforce, steps, gamed, incompressible, draft, dpo_noise, value, hero, right, samplers,
+    flow, flow_noise, guidance, named, processes, backgrounds, evaluations, plans)}
 TABLES |= {f"comparison{seed}": partial(comparison, seed) for seed in (0, 1, 2)}
 
 if __name__ == "__main__":
