@@ -253,12 +253,12 @@ def draft():
     return rows
 
 
-# Chapter 32. Every algorithm as `ddpo_train --algorithm …` has it.
+# Every algorithm as `ddpo_train --algorithm …` has it.
 ALGORITHMS_COMPARED = {"ddpo": 3, "draft": 1, "nft": 2, "awm": 2, "dpo": 2}  # epochs between looks
 
 
 def comparison(seed: int):
-    "Chapter 32, with README. A quarter of an hour a seed, on a machine with nothing else."
+    "For no chapter yet. A quarter of an hour a seed, on a machine with nothing else."
     def measured(images, prompts): return {"spread": round(spread(images, prompts), 4)}
     rows = []
     for algorithm, every in ALGORITHMS_COMPARED.items():
