@@ -133,6 +133,40 @@ def moved(pipe, direction):
             p += d.view_as(p)
 
 
+def shaken(pipe, by=1e-2):
+    "Other weights."
+    with torch.no_grad():
+        for i, weight in enumerate(pipe.unet.parameters()):
+            g = torch.Generator().manual_seed(i)
+            weight += by * torch.randn(weight.shape, generator=g, dtype=weight.dtype)
+
+
+def slope(value, pipe, direction, far):
+    "How fast a value of the pipeline rises in that direction of its weights: a difference."
+    def at(distance):
+        other = copy.deepcopy(pipe)
+        moved(other, distance * direction)
+        with torch.no_grad(): return value(other).item()
+    return (at(far) - at(-far)) / (2 * far)
+
+
+def rolled_out(config, pipe, reward_fn):
+    "A trainer with an epoch's images that are weighed, and what it has kept of each."
+    names = iter(["a fox", "an owl"] * 100)
+    ours = TRAINERS[config.algorithm](config, pipe, lambda: next(names), reward_fn)
+    ours.roll_out(0, lambda: None)
+    scores, *kept = zip(*ours.state.rollout.samples)
+    ours.weigh(torch.cat([score["reward"] for score in scores]))
+    return ours, [torch.cat(parts, dim=1) for parts in kept]
+
+
+def batch_gradient(ours, kept, batch):
+    "Of those samples or pairs: all weights' in one vector, and what was measured."
+    for weight in ours.state.weights: weight.grad = None
+    measured = ours.batch_gradient(kept, batch)
+    return torch.cat([weight.grad.flatten() for weight in ours.state.weights]), measured
+
+
 def sample(prompts, pipe, steps, guidance=1.0, eta=1.0, size=(64, 64), generators=None, **others):
     "The policy, and a trajectory for each prompt."
     policy = Policy(pipe, steps, guidance, eta, size, **others)

@@ -31,6 +31,8 @@ from helpers import (
     last_line,
     redness,
     run_until,
+    shaken,
+    slope,
     train,
     twin,
 )
@@ -99,10 +101,7 @@ def test_the_gradient_is_that_of_the_last_steps(trained, copies, beta):
     reference = copy.deepcopy(pipe)
     trainer = made(pipe, draft_steps=trained, draft_copies=copies, beta=beta)
     weights = trainer.state.weights
-    with torch.no_grad():
-        for i, weight in enumerate(weights):
-            g = torch.Generator().manual_seed(i)
-            weight += 1e-2 * torch.randn(weight.shape, generator=g, dtype=weight.dtype)
+    shaken(pipe)
     ours, measured = gradient_of(trainer)
     before = copy.deepcopy(pipe)
     settings = before, 3, trained, copies, beta, reference
@@ -112,16 +111,8 @@ def test_the_gradient_is_that_of_the_last_steps(trained, copies, beta):
     assert (measured["ref_kl"] > 1e-6) == (beta > 0)
     assert (ours - theirs).norm() < 1e-4 * theirs.norm()
     if copies > 1 or beta: return  # the latents that are held there would move, too
-    direction = ours / ours.norm()
-    def moved(by):
-        other = copy.deepcopy(pipe)
-        with torch.no_grad():
-            for p, d in zip(other.unet.parameters(),
-                            direction.split([p.numel() for p in weights])):
-                p += by * d.view_as(p)
-            return loss_by_hand(other, *settings).item()
-    slope = (moved(1e-3) - moved(-1e-3)) / 2e-3
-    assert slope == pytest.approx(ours.norm().item(), rel=1e-2) and slope > 0
+    rise = slope(lambda p: loss_by_hand(p, *settings), pipe, ours / ours.norm(), 1e-3)
+    assert rise == pytest.approx(ours.norm().item(), rel=1e-2) and rise > 0
 
 
 def test_micro_batches_and_checkpointing_change_nothing():
@@ -129,10 +120,7 @@ def test_micro_batches_and_checkpointing_change_nothing():
     def whole(**changes):
         settings = dict(cfg=3.0, beta=0.5, draft_views=2) | changes
         trainer = made(twin("sd2").to(torch.float64), **settings)
-        with torch.no_grad():
-            for i, weight in enumerate(trainer.state.weights):
-                g = torch.Generator().manual_seed(i)
-                weight += 1e-2 * torch.randn(weight.shape, generator=g, dtype=weight.dtype)
+        shaken(trainer.pipe)
         for weight in trainer.state.weights: weight.grad = None
         measured = trainer.batch_gradient(0, torch.arange(3))
         return torch.cat([w.grad.flatten() for w in trainer.state.weights]), measured

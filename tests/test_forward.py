@@ -27,6 +27,7 @@ from ddpo_scratch.workshop.twins import TWINS
 from helpers import (
     Bluish,
     as_flags,
+    batch_gradient,
     ddpo_train,
     embedded,
     fake_gpu,
@@ -34,7 +35,10 @@ from helpers import (
     goes_on,
     opened,
     redness,
+    rolled_out,
     run_until,
+    shaken,
+    slope,
     train,
     twin,
 )
@@ -48,27 +52,7 @@ KINDS = {"nft": NFTTrainer, "awm": AWMTrainer}
 def made(pipe, reward_fn=None, **changes):
     "A trainer whose first epoch has been sampled; what it has kept of each image."
     config = make_config("emoji", **TINY | dict(micro_batch_size=4) | changes)
-    names = iter(["a fox", "an owl"] * 100)
-    ours = KINDS[config.algorithm](config, pipe, lambda: next(names), reward_fn or Bluish())
-    ours.roll_out(0, lambda: None)
-    scores, *kept = zip(*ours.state.rollout.samples)
-    ours.weigh(torch.cat([score["reward"] for score in scores]))
-    return ours, [torch.cat(parts, dim=1) for parts in kept]
-
-
-def gradient_of(ours, kept, batch=range(6)):
-    "All weights' in one vector, and what was measured."
-    for weight in ours.state.weights: weight.grad = None
-    measured = ours.batch_gradient(kept, torch.tensor(batch))
-    return torch.cat([weight.grad.flatten() for weight in ours.state.weights]), measured
-
-
-def shaken(pipe, by=1e-2):
-    "Other weights."
-    with torch.no_grad():
-        for i, weight in enumerate(pipe.unet.parameters()):
-            g = torch.Generator().manual_seed(i)
-            weight += by * torch.randn(weight.shape, generator=g, dtype=weight.dtype)
+    return rolled_out(config, pipe, reward_fn or Bluish())
 
 
 @pytest.mark.parametrize("name", ("sd2", "sd2-v", "sd2-x0", "sd3"))
@@ -169,23 +153,15 @@ def test_the_gradient_is_the_papers(algorithm, beta):
     ours, kept = made(pipe, algorithm=algorithm, beta=beta, clip_advantages=1.0, clip_ratio=1e-3,
                       cfg=3.0, **more)  # of the images that are sampled
     shaken(pipe)
-    found, measured = gradient_of(ours, kept)
+    found, measured = batch_gradient(ours, kept, torch.arange(6))
     settings = old, kept, ours.state.rollout.advantages.double(), ours.config
     value = loss_by_hand(pipe, *settings)
     theirs = torch.cat([g.flatten() for g in torch.autograd.grad(value, ours.state.weights)])
     assert (found - theirs).norm() < 1e-5 * theirs.norm()
     assert measured["policy_change"] > 1e-4 and (measured["ref_kl"] > 1e-4) == (beta > 0)
     assert 0 < measured["clip_fraction"] < 1
-    direction = found / found.norm()
-    def shifted(by):
-        other = copy.deepcopy(pipe)
-        with torch.no_grad():
-            for p, d in zip(other.unet.parameters(),
-                            direction.split([p.numel() for p in ours.state.weights])):
-                p += by * d.view_as(p)
-            return loss_by_hand(other, *settings).item()
-    slope = (shifted(1e-5) - shifted(-1e-5)) / 2e-5
-    assert slope == pytest.approx(found.norm().item(), rel=2e-2) and slope > 0
+    rise = slope(lambda p: loss_by_hand(p, *settings), pipe, found / found.norm(), 1e-5)
+    assert rise == pytest.approx(found.norm().item(), rel=2e-2) and rise > 0
 
 
 def test_micro_batches_and_batches_of_sampling_change_nothing():
@@ -194,7 +170,7 @@ def test_micro_batches_and_batches_of_sampling_change_nothing():
         pipe = twin("sd2").to(torch.float64)
         ours, kept = made(pipe, **dict(cfg=3.0, beta=0.5, micro_batch_size=12) | changes)
         shaken(pipe)
-        return gradient_of(ours, kept)
+        return batch_gradient(ours, kept, torch.arange(6))
     for algorithm in KINDS:
         found, measured = whole(algorithm=algorithm)
         for changes in (dict(micro_batch_size=1), dict(micro_batch_size=5),
@@ -258,7 +234,7 @@ def test_sampling_without_noise():
     for name, eta in (("sd2", 0), ("sd3", 0.0)):
         ours, kept = made(twin(name), eta=eta, cfg=1.0)
         assert not ours.policy.schedule.std.any()
-        gradient_of(ours, kept)
+        batch_gradient(ours, kept, torch.arange(6))
     for changes, match in ((dict(algorithm="ddpo", noise_levels=4, eta=0.0), "eta must be above 0"),
                            (dict(eta=-0.1), "eta must be a number of at least 0"),
                            (dict(noise_levels=0), "noise_levels must be a whole number of at leas"),

@@ -19,7 +19,7 @@ from ddpo_scratch.trainer.checkpoints import save_checkpoint
 from ddpo_scratch.trainer.forward import Noised
 from ddpo_scratch.trainer.pairs import encoded, opened, ranked_pairs, read_preferences
 from ddpo_scratch.trainer.policy import Trajectory
-from ddpo_scratch.trainer.preferences import DPOTrainer, preference_losses
+from ddpo_scratch.trainer.preferences import preference_losses
 from ddpo_scratch.trainer.presets import PRESETS, make_config, make_prompt_fn
 from ddpo_scratch.trainer.trainer import TrainingState, check_run
 from ddpo_scratch.training import TRAINING, noise_sources
@@ -27,13 +27,17 @@ from ddpo_scratch.workshop.twins import TWINS
 from helpers import (
     Bluish,
     as_flags,
+    batch_gradient,
     ddpo_train,
     drawings,
     embedded,
     fake_gpu,
     goes_on,
     redness,
+    rolled_out,
     run_until,
+    shaken,
+    slope,
     train,
     twin,
 )
@@ -60,27 +64,7 @@ def of_noise():
 def made(pipe, reward_fn=stepped, **changes):
     "A trainer whose first epoch has been sampled or read; what it has kept of each image."
     config = make_config("emoji", **TINY | dict(micro_batch_size=8) | changes)
-    names = iter(["a fox", "an owl"] * 100)
-    ours = DPOTrainer(config, pipe, lambda: next(names), reward_fn)
-    ours.roll_out(0, lambda: None)
-    scores, *kept = zip(*ours.state.rollout.samples)
-    ours.weigh(torch.cat([score["reward"] for score in scores]))
-    return ours, [torch.cat(parts, dim=1) for parts in kept]
-
-
-def gradient_of(ours, kept, pairs):
-    "All weights' in one vector, and what was measured."
-    for weight in ours.state.weights: weight.grad = None
-    measured = ours.batch_gradient(kept, pairs)
-    return torch.cat([weight.grad.flatten() for weight in ours.state.weights]), measured
-
-
-def shaken(pipe, by=1e-2):
-    "Other weights."
-    with torch.no_grad():
-        for i, weight in enumerate(pipe.unet.parameters()):
-            g = torch.Generator().manual_seed(i)
-            weight += by * torch.randn(weight.shape, generator=g, dtype=weight.dtype)
+    return rolled_out(config, pipe, reward_fn)
 
 
 @pytest.fixture
@@ -146,26 +130,18 @@ def test_the_gradient_is_the_papers():
     pairs = ranked_pairs(rewards, 3)
     ties = rewards[pairs[:, 0]] == rewards[pairs[:, 1]]
     assert 0 < ties.sum() < len(pairs) == 4
-    start, at_first = gradient_of(ours, kept, pairs)
+    start, at_first = batch_gradient(ours, kept, pairs)
     assert at_first["loss"] == pytest.approx(2 * np.log(2) * (~ties).float().mean())
     assert at_first["ref_kl"] < 1e-20 and start.norm() > 1e-3
     shaken(pipe)
-    found, measured = gradient_of(ours, kept, pairs)
+    found, measured = batch_gradient(ours, kept, pairs)
     settings = before, kept, pairs.tolist(), rewards, ours.config
     value = loss_by_hand(pipe, *settings)
     theirs = torch.cat([g.flatten() for g in torch.autograd.grad(value, ours.state.weights)])
     assert measured["loss"] == pytest.approx(value.item(), rel=1e-5)
     assert (found - theirs).norm() < 1e-5 * theirs.norm() and measured["ref_kl"] > 1e-4
-    direction = found / found.norm()
-    def shifted(by):
-        other = copy.deepcopy(pipe)
-        with torch.no_grad():
-            for p, d in zip(other.unet.parameters(),
-                            direction.split([p.numel() for p in ours.state.weights])):
-                p += by * d.view_as(p)
-            return loss_by_hand(other, *settings).item()
-    slope = (shifted(1e-4) - shifted(-1e-4)) / 2e-4
-    assert slope == pytest.approx(found.norm().item(), rel=2e-2) and slope > 0
+    rise = slope(lambda p: loss_by_hand(p, *settings), pipe, found / found.norm(), 1e-4)
+    assert rise == pytest.approx(found.norm().item(), rel=2e-2) and rise > 0
 
 
 def test_updates_separate_the_pairs():
@@ -199,7 +175,7 @@ def test_micro_batches_change_nothing():
         pipe = twin("sd2").to(torch.float64)
         ours, kept = made(pipe, Bluish(), **dict(cfg=3.0, micro_batch_size=24) | changes)
         shaken(pipe)
-        return gradient_of(ours, kept, torch.cat(sorted(ours.state.rollout.batches, key=str)))
+        return batch_gradient(ours, kept, torch.cat(sorted(ours.state.rollout.batches, key=str)))
     found, measured = whole()
     for changes in (dict(micro_batch_size=1), dict(micro_batch_size=5),
                     dict(sample_batch_size=12), dict(gradient_checkpointing=True)):

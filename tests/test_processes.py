@@ -107,17 +107,21 @@ def test_the_number_of_processes_does_not_show(model, twins, tmp_path):
         assert one[0][0]["clip_fraction"] > 0 and one[0][-1]["ref_kl"] > 0
 
 
+def run_in_float64(config, source, folder, reward, **others):
+    "Leaves rows and weights in a file of the algorithm, the number of processes, and this one."
+    pipe, names = opened(source).to(torch.float64), iter(range(1000))
+    history = train(config, pipe, lambda: f"animal {next(names) % 5}", reward, **others)
+    name = f"{config.algorithm}-{processes().num_processes}-{processes().process_index}.pt"
+    torch.save([history, flat(pipe)], f"{folder}/{name}")
+
+
 def draft(source, folder):
     "Through random steps, with a penalty, views, and a sum whose units are not known yet."
     config = make_config("emoji", algorithm="draft", **FEW | dict(
         num_samples_per_epoch=7, lr=1e-3, beta=0.01, draft_steps=2, draft_random=True,
         draft_views=2, micro_batch_size=2, num_timesteps=3))
-    pipe, names = opened(source).to(torch.float64), iter(range(1000))
     reward = WeightedSum({"blue": Bluish(), "other": Bluish()}, {"blue": 1.0, "other": 0.5})
-    history = train(config, pipe, lambda: f"animal {next(names) % 5}", reward,
-                    eval_rewards={"bright": brightness})
-    place = f"{folder}/draft-{processes().num_processes}-{processes().process_index}.pt"
-    torch.save([history, flat(pipe)], place)
+    run_in_float64(config, source, folder, reward, eval_rewards={"bright": brightness})
 
 
 def nft(source, folder):
@@ -125,10 +129,7 @@ def nft(source, folder):
     config = make_config("emoji", algorithm="nft", **FEW | dict(
         num_epochs=3, num_samples_per_epoch=7, lr=1e-3, beta=0.01, old_decay=0.5, ema_decay=0.5,
         noise_levels=2, micro_batch_size=2, num_timesteps=3))
-    pipe, names = opened(source).to(torch.float64), iter(range(1000))
-    history = train(config, pipe, lambda: f"animal {next(names) % 5}", brightness)
-    place = f"{folder}/nft-{processes().num_processes}-{processes().process_index}.pt"
-    torch.save([history, flat(pipe)], place)
+    run_in_float64(config, source, folder, brightness)
 
 
 def dpo(source, folder):
@@ -136,10 +137,7 @@ def dpo(source, folder):
     config = make_config("emoji", algorithm="dpo", **FEW | dict(
         num_epochs=3, num_samples_per_epoch=9, samples_per_prompt=3, batch_size=6, lr=1e-3,
         beta=500.0, noise_levels=2, micro_batch_size=2, num_timesteps=3))
-    pipe, names = opened(source).to(torch.float64), iter(range(1000))
-    history = train(config, pipe, lambda: f"animal {next(names) % 5}", brightness)
-    place = f"{folder}/dpo-{processes().num_processes}-{processes().process_index}.pt"
-    torch.save([history, flat(pipe)], place)
+    run_in_float64(config, source, folder, brightness)
 
 
 @pytest.mark.slow

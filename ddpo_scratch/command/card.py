@@ -15,7 +15,7 @@ from ddpo_scratch.command.folder import as_yaml
 from ddpo_scratch.models.families import family_of
 from ddpo_scratch.pipelines import EMBEDDED, is_flow
 from ddpo_scratch.trainer.algorithms import ALGORITHMS
-from ddpo_scratch.trainer.config import HUB_NAME, TrainerConfig
+from ddpo_scratch.trainer.config import FOLDERS, HUB_NAME, TrainerConfig
 from ddpo_scratch.trainer.precision import DTYPES
 
 # %% ../../nbs/practice/13_command.ipynb 22
@@ -82,7 +82,7 @@ def model_card(
     is_embedded = config.pipeline in EMBEDDED
     base = "path/to/" * Path(config.pipeline).is_absolute() + without_folders(config.pipeline)
     config = replace(config, **{name: without_folders(getattr(config, name)) for name in (
-        "pipeline", "prompts", "reward", "eval_rewards", "lora_from", "preferences")})
+        "pipeline", "prompts", "reward", "eval_rewards", *FOLDERS)})
     parts = "".join(f", {part}=None" for part in ("text_encoder_3", "tokenizer_3")
                     if getattr(pipe, part, "") is None)  # diffusers has to be told
     in_16_bits = lora and config.mixed_precision != "no"

@@ -15,6 +15,7 @@ import tyro
 import yaml
 
 from ddpo_scratch.trainer.config import (
+    FOLDERS,
     GROUPS,
     TrainerConfig,
     check_setting,
@@ -105,7 +106,7 @@ def parse(
     first = argparse.ArgumentParser("ddpo_train", add_help=False, allow_abbrev=False)
     for name in ("preset", "config", "name", "resume", "pipeline"): first.add_argument(f"--{name}")
     followed = ("buffer_size", "min_count", "samples_per_prompt", "num_samples_per_epoch",
-                "lora_rank", "lora_from", "algorithm", "preferences")  # others' defaults follow
+                "lora_rank", "algorithm", *FOLDERS)  # defaults of others depend on them
     for name in followed:
         first.add_argument(f"--{name}", f"--{name.replace('_', '-')}")
     given = {name: None if value == "None" else value
@@ -122,7 +123,7 @@ def parse(
         raise ValueError(f"there is no run in {resume!r}: it has no config.yaml.")
     changes = read_config(file) if file else {}
     if not resume:
-        words = ("lora_from", "algorithm", "preferences")
+        words = ("algorithm", *FOLDERS)
         changes.update({name: value if name in words else int(value)
                         for name, value in given.items()
                         if value and (name in words or value.isdecimal())})

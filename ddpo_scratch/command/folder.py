@@ -25,7 +25,7 @@ from ddpo_scratch.command.flags import read_config
 from ddpo_scratch.pipelines import EMBEDDED, pipeline_source
 from ddpo_scratch.scorers.names import WeightedSum, find_reward, name_in_a_file, split_weight
 from ddpo_scratch.trainer.checkpoints import checkpoints_in, write_file
-from ddpo_scratch.trainer.config import MAY_CHANGE, TrainerConfig
+from ddpo_scratch.trainer.config import FOLDERS, MAY_CHANGE, TrainerConfig
 from ddpo_scratch.trainer.presets import PROMPTS, REWARDS, PromptFile
 from ddpo_scratch.trainer.processes import processes
 
@@ -98,8 +98,8 @@ def what_ran(
         reward=named(reward_fn),
         scale_rewards=getattr(reward_fn, "scaled", config.scale_rewards),
         eval_rewards=",".join(map(named, eval_rewards.values())) or None,
-        **{name: value and str(Path(value).absolute()) for name, value in (
-            ("lora_from", config.lora_from), ("preferences", config.preferences))},
+        **{name: str(Path(getattr(config, name)).absolute())
+           for name in FOLDERS if getattr(config, name)},
         device=config.device or pipe.device.type)
 
 # %% ../../nbs/practice/13_command.ipynb 14

@@ -136,6 +136,7 @@ def check_targets(name, value):
 
 
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four matrices of attention
+FOLDERS = ("lora_from", "preferences")  # settings that name a folder on this machine
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -168,7 +169,7 @@ def plain_value(
     if name == "img_size" and isinstance(value, (list, tuple)):
         sides = tuple(x.item() if isinstance(x, np.generic) else x for x in value)
         return sides[0] if len(sides) == 2 and sides[0] == sides[1] else sides
-    if name in ("lora_from", "preferences") and isinstance(value, Path):
+    if name in FOLDERS and isinstance(value, Path):
         return str(value)
     if name == "mixed_precision" and value is False:  # YAML reads no so
         return "no"

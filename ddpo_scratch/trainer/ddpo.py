@@ -79,10 +79,16 @@ class DDPOTrainer(Trainer):
         "Rewards to advantages; and the batches of the updates, in a new order for each pass."
         config, state, rollout = self.config, self.state, self.state.rollout
         if rollout.advantages is not None: return
-        rollout.advantages = torch.from_numpy(state.tracker.update(rollout.prompts, rewards))
+        rollout.advantages, samples = self.valued(rewards)
+        size = config.batch_size // samples[0].numel()
         rollout.batches = [
-            batch for _ in range(config.num_inner_epochs)
-            for batch in equal_batches(len(rewards), config.batch_size, state.shuffler)]
+            samples[batch] for _ in range(config.num_inner_epochs)
+            for batch in equal_batches(len(samples), size, state.shuffler)]
+
+    def valued(self, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "Advantages, [N]; and what updates are made of: samples' indices, [N]."
+        advantages = self.state.tracker.update(self.state.rollout.prompts, rewards)
+        return torch.from_numpy(advantages), torch.arange(len(rewards))
 
     def batch_gradient(
         self,

@@ -178,14 +178,12 @@ class ForwardTrainer(DDPOTrainer):
 
     def trial(self, count: int) -> None:
         "Forward and backward of a call with that many pairs of an image and a level."
-        device, count = self.policy.device, max(1, count // self.compared)
-        images = count * self.compared
-        x = torch.zeros(1, images, *self.policy.latent_shape, device=device)
-        step = torch.zeros(1, images, dtype=torch.long, device=device)
-        cond = self.cache(self.state.rollout.prompts[:1] * images).unguided()
-        noised, numbers = Noised(x, x, x, step, x[0, :, 0, 0, 0], cond), torch.arange(count)
-        numbers = numbers.to(device)
-        self.losses(noised)(0 * numbers, numbers).loss.sum().backward()
+        device, calls = self.policy.device, max(1, count // self.compared)
+        numbers = torch.arange(calls * self.compared, device=device)
+        x = torch.zeros(1, len(numbers), *self.policy.latent_shape, device=device)
+        cond = self.cache(self.state.rollout.prompts[:1] * len(numbers)).unguided()
+        images = Noised(x, x, x, 0 * numbers[None], x[0, :, 0, 0, 0], cond)
+        self.losses(images)(0 * numbers[:calls], numbers[:calls]).loss.sum().backward()
 
 # %% ../../nbs/practice/31_forward.ipynb 11
 class NFTTrainer(ForwardTrainer):

@@ -5,6 +5,7 @@
 "Which image is preferred to which: by a reward, or from a folder."
 import json
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,16 @@ class Preference(NamedTuple):
     rejected: Path
 
 
+@contextmanager
+def reading(path: Path, place: str):
+    "Turns the errors of a damaged image into a `ValueError` that says which and where."
+    try:
+        yield
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{place}: {str(path)!r} is no image that can be read: "
+                         f"{error}.") from error
+
+
 def preference(
     line: str,       # of the file
     place: str,      # where it stands, for errors
@@ -46,11 +57,7 @@ def preference(
                          f"{line[:100]!r}.")
     paths = [folder / found[name] for name in Preference._fields[1:]]
     for path in paths:
-        try:
-            with Image.open(path): pass
-        except (OSError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{place}: {str(path)!r} is no image that can be read: "
-                             f"{error}.") from error
+        with reading(path, place), Image.open(path): pass
     return Preference(found["prompt"], *paths)
 
 
@@ -75,11 +82,8 @@ def opened(
     sides: tuple[int, int],  # height and width, pixels
 ) -> np.ndarray:             # uint8, [H, W, 3]
     "An image of that size, scaled and cropped, on white. `ValueError` if it cannot be read."
-    try:
-        with Image.open(path) as found: image = ImageOps.exif_transpose(found)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"preferences: {str(path)!r} is no image that can be read: "
-                         f"{error}.") from error
+    with reading(path, "preferences"), Image.open(path) as found:
+        image = ImageOps.exif_transpose(found)
     if image.mode[0] in "IF":
         raise ValueError(f"preferences: {str(path)!r} has more than 8 bits a channel (mode "
                          f"{image.mode}): save it with 8.")

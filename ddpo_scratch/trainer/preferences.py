@@ -28,7 +28,6 @@ from .policy import Policy, Trajectory
 from .precision import on_the_cpu
 from .processes import from_the_first, gathered
 from .rollout import joined, sampling_batches
-from ..training import equal_batches
 
 # %% ../../nbs/practice/32_preferences.ipynb 5
 class PairLoss(NamedTuple):
@@ -74,18 +73,13 @@ class DPOTrainer(ForwardTrainer):
     def losses(self, images: Noised) -> Callable:
         return partial(preference_losses, self.policy, images, objective=self.objective)
 
-    def weigh(self, rewards: torch.Tensor) -> None:
-        "Rewards, or the folder's order, to pairs; and the batches of the updates, [P, 2] each."
-        config, state, rollout = self.config, self.state, self.state.rollout
-        if rollout.advantages is not None: return
-        if config.preferences: rewards = 1 - torch.arange(len(rewards)) % 2
-        pairs = ranked_pairs(rewards, config.samples_per_prompt)
+    def valued(self, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "1 for preferred and −1 for rejected images, else 0, [N]; and the pairs, [P, 2]."
+        pairs = ranked_pairs(rewards, self.config.samples_per_prompt)
         differ = pairs[rewards[pairs[:, 0]] > rewards[pairs[:, 1]]]
-        rollout.advantages = torch.zeros(len(rewards))
-        rollout.advantages[differ] = torch.tensor([1.0, -1.0])
-        rollout.batches = [
-            pairs[batch] for _ in range(config.num_inner_epochs)
-            for batch in equal_batches(len(pairs), config.batch_size // 2, state.shuffler)]
+        advantages = torch.zeros(len(rewards))
+        advantages[differ] = torch.tensor([1.0, -1.0])
+        return advantages, pairs
 
     def roll_out(self, epoch: int, on_batch: Callable[[], None]) -> None:
         if self.config.preferences: self.read(epoch, on_batch)
