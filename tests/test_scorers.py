@@ -148,13 +148,13 @@ class Chat(BaseHTTPRequestHandler):
         if kind == "wordy": body = body.replace(b"I would say", b"Well, no number. v")
         if kind == "shy" and "shy" in words["text"]: body = body.replace(b"I would", b"Not 3, I")
         if kind == "strict" and "shy" in words["text"]: status, body = 400, b'{"error": "unsafe"}'
+        with site.lock: site.busy -= 1  # before the answer: the next request may follow at once
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
         self.wfile.write(body)
         if length is not None: self.close_connection = True
-        with site.lock: site.busy -= 1
 
     def log_message(self, *args): pass
 
@@ -213,7 +213,8 @@ def test_a_judge_that_will_not_say(kind):
     with chat_server() as (site, url):
         marks = ask(20)
         assert [i for i, mark in enumerate(marks) if mark == -1.0] == [0, 20]
-        with pytest.raises(ValueError, match="so it was for 1. of the last"): ask(2)
+        with pytest.raises(ValueError, match="so it was for 11 of the last 21 answers"):
+            ask(2, workers=1)  # one after the other, so that it is the eleventh that ends it
         assert ask(2, most_useless=0.5).count(-1.0) == 20
         with pytest.raises(ValueError, match="no answer of use"): ask(20, useless=None)
     with pytest.raises(ValueError, match="useless must be a finite number"):
