@@ -2,8 +2,8 @@
 
 `groups`, `reinforce`, `steps`, `gamed`, `incompressible`, `draft`, `dpo_noise`, `value` and
 `comparison0` to `comparison2` train, and have a line for each look at fresh pictures on the way;
-chapters 12 and 30 have pictures, too. (The seconds of `dpo_noise`, `gamed`, `incompressible` and
-`reinforce` are of one thread beside other work.) The others look at what commands have left in
+chapters 12 and 30 have pictures, too. (The seconds of `dpo_noise`, `draft`, `gamed`, `groups`,
+`incompressible` and `reinforce` are of one thread beside other work.) The others look at what commands have left in
 runs/: `right`, `samplers` and `backgrounds` at the three runs
 
     ddpo_train --seed N --name seedN
@@ -539,7 +539,7 @@ PROCESSES = ("--num_epochs 3 --num_samples_per_epoch 11 --samples_per_prompt 1 -
 
 
 def processes():
-    "The same run by one process and by two, each with one thread; chapter 22."
+    "The same run by one process and by two, each with one thread; chapter 26."
     launch, rows = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"], []
     for count in ("1", "2"):
         with TemporaryDirectory() as folder:
