@@ -45,7 +45,18 @@ from ddpo_scratch.trainer.checkpoints import (
 from ddpo_scratch.trainer.config import TrainerConfig
 from ddpo_scratch.trainer.presets import make_config
 from ddpo_scratch.trainer.trainer import TrainingState
-from helpers import Started, as_flags, ddpo_train, flat, goes_on, opened, run_until, train, twin
+from helpers import (
+    Started,
+    as_flags,
+    ddpo_train,
+    flat,
+    goes_on,
+    opened,
+    redness,
+    run_until,
+    train,
+    twin,
+)
 
 SMALL = dict(num_epochs=4, num_samples_per_epoch=4, samples_per_prompt=2, num_eval_samples=2,
              sample_batch_size=2, batch_size=2, num_timesteps=2, save_every=1, img_size=32,
@@ -275,6 +286,34 @@ def test_other_batches_of_samples_after_a_stop():
         for size in (1, 2, 3, 5):
             seen = drawn(replace(config, sample_batch_size=size), checkpoint=checkpoint)[2]
             assert seen == (whole if size != 2 else whole[-len(seen):]), size
+
+
+@pytest.mark.parametrize("algorithm", ("ddpo", "nft"))
+def test_smaller_batches_of_samples_after_a_stop_in_an_update(algorithm):
+    "Nothing is sampled again with weights that are half trained; metrics are of the same images."
+    config = make_config("emoji", algorithm=algorithm, **SMALL | dict(
+        num_epochs=1, num_samples_per_epoch=6, sample_batch_size=3, batch_size=3))
+    def run(config, **others): return run_until(config, lambda: "a fox", redness, **others)
+    _, whole = run(config)
+    with TemporaryDirectory() as folder:
+        checkpoint = save_checkpoint(Path(folder), 1, *run(config, stop=3), {})
+        assert checkpoint.name == "00000-00003"
+        _, again = run(replace(config, sample_batch_size=1), checkpoint=checkpoint)
+    for ours, theirs in zip(again.history, whole.history, strict=True):
+        assert ours | {"seconds": 0} == theirs | {"seconds": 0}
+
+
+def test_a_checkpoint_has_the_average(tmp_path):
+    "For diffusers; a run that goes on has the last weights again."
+    config = make_config("emoji", **SMALL | dict(num_epochs=2, ema_decay=0.9, lr=1e-3))
+    pipe, state = run_until(config, lambda: "a fox", redness, stop=5)
+    last, average = flat(pipe), torch.cat([x.flatten() for x in state.average.shadow_params])
+    checkpoint = save_checkpoint(tmp_path, 1, pipe, state, {})
+    assert torch.equal(flat(pipe), last) and not torch.equal(last, average)
+    assert torch.equal(flat(opened(str(checkpoint / "pipeline"))), average)
+    again = twin("sd2")
+    load_checkpoint(checkpoint, again, TrainingState(config, again))
+    assert torch.equal(flat(again), last)
 
 
 def test_a_folder_is_never_gone():

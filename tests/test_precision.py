@@ -15,6 +15,7 @@ from ddpo_scratch.command.run import plain_reward
 from ddpo_scratch.models.families import network_of
 from ddpo_scratch.trainer import ddpo, evaluation
 from ddpo_scratch.trainer.checkpoints import state_from_dict, state_to_dict
+from ddpo_scratch.trainer.ddpo import DDPOTrainer
 from ddpo_scratch.trainer.evaluation import evaluate
 from ddpo_scratch.trainer.gradient import Objective, Samples, add_gradient, step_losses
 from ddpo_scratch.trainer.policy import Policy
@@ -22,7 +23,7 @@ from ddpo_scratch.trainer.precision import averages_bytes, make_optimizer, on_th
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.trainer.rollout import PromptCache
 from ddpo_scratch.trainer.trainer import TrainingState
-from helpers import embedded, fake_gpu, redness, sample, train, twin
+from helpers import embedded, fake_gpu, flat, redness, sample, train, twin
 
 PROMPTS = ["a fox", "an owl"]
 
@@ -148,6 +149,21 @@ def test_an_update_that_is_not_finite_is_left_out():
     assert row["skipped"] == 11 and row["loss"] == row["loss"]
     with pytest.raises(ValueError, match="epoch 1: none of its 12 updates was finite.*tenth of lr"):
         trained(set(range(1, 13)))
+
+
+def test_a_process_that_has_no_part_of_a_batch():
+    "In fp16 it has scaled no loss; the gradient is the others', and so is the step."
+    pipe = twin("sd2")
+    ours = DDPOTrainer(make_config("emoji", **SMALL), pipe, lambda: "a fox", redness)
+    state, before = ours.state, flat(pipe)
+    state.scaler, state.rollout.batches = torch.amp.GradScaler("cpu", 1024.0), [torch.arange(4)]
+    def of_the_others(batch):  # as `sum_gradients` leaves it
+        for weight in state.weights: weight.grad = torch.full_like(weight, 1024.0)
+        return {"loss": 0.0}
+    ours.update(0, of_the_others, lambda: None)
+    update, = state.rollout.updates
+    assert not update["skipped"] and (flat(pipe) < before).all()
+    assert update["grad_norm"] == pytest.approx(len(before) ** 0.5, rel=1e-4)
 
 
 def errors_after_twenty_steps(optimizer, weights):

@@ -1,6 +1,7 @@
 """Tests of chapter `nbs/practice/32_preferences.ipynb`."""
 import copy
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ddpo_scratch.command.flags import parse
 from ddpo_scratch.command.plan import make_plan
+from ddpo_scratch.command.run import run_training
 from ddpo_scratch.sampling import decoding_fn
 from ddpo_scratch.scorers.names import WeightedSum
 from ddpo_scratch.trainer.checkpoints import save_checkpoint
@@ -286,6 +288,10 @@ def test_kinds_of_images(tmp_path):
     assert (turned[:, :4] == (255, 0, 0)).all() and (turned[:, 4:] == (0, 0, 255)).all()
     with pytest.raises(ValueError, match="more than 8 bits a channel"):
         saved(Image.fromarray(np.full((4, 4), 1000, np.uint16)), "deep.png")
+    pair = {"prompt": "a fox", "preferred": "deep.png", "rejected": "L.tif"}
+    (tmp_path / "preferences.jsonl").write_text(json.dumps(pair), encoding="utf-8")
+    with pytest.raises(ValueError, match="line 1: .*deep.png' has more than 8 bits a channel"):
+        read_preferences(tmp_path)
 
 
 def test_a_folder_that_changes(folder):
@@ -297,6 +303,24 @@ def test_a_folder_that_changes(folder):
         file.write(json.dumps({"prompt": "new", "preferred": "0a.png", "rejected": "0b.png"}))
     with pytest.raises(ValueError, match="is not what it was when this epoch began"):
         run(checkpoint=checkpoint)
+
+
+def test_a_list_that_changes_between_epochs(folder, tmp_path, capfd):
+    "Preferred and rejected change places after a run: it does not go on."
+    config = make_config("emoji", **PAIRS | dict(num_eval_samples=2), preferences=str(folder))
+    def run(config, **others):
+        run_training(config, twin("sd2"), lambda: "a fox", redness, tmp_path / "x",
+                     eval_rewards={}, **others)
+    run(config)
+    assert f"{len(read_preferences(folder))} pairs in" in capfd.readouterr().out
+    path = folder / "preferences.jsonl"
+    lines = path.read_text("utf-8")
+    path.write_text(lines.replace("rejected", "x").replace("preferred", "rejected").replace(
+        "x", "preferred"), encoding="utf-8")
+    with pytest.raises(ValueError, match="began with other preferences"):
+        run(replace(config, num_epochs=3), resume=True)
+    path.write_text(lines, encoding="utf-8")
+    run(replace(config, num_epochs=3), resume=True)
 
 
 def test_large_images_are_encoded_one_by_one(monkeypatch):
@@ -325,6 +349,11 @@ def test_names_of_folders_on_the_command_line():
         config = make_config(preset, algorithm="dpo")
         assert config.beta >= 100 and config.samples_per_prompt >= 2
         assert make_config(preset, algorithm="dpo", preferences=Path("x")).preferences == "x"
+    with pytest.raises(ValueError, match="preferences means nothing to algorithm 'ddpo', only to "
+                                         "dpo: set algorithm, too"): parse(["--preferences=x"])
+    with pytest.raises(ValueError, match="take a multiple of 2[.]"):
+        parse(["--algorithm=dpo", "--preferences=x", "--num_samples_per_epoch=7"])
+    assert parse(["--algorithm=dpo", "--samples_per_prompt=64"]).config.samples_per_prompt == 64
 
 
 def test_values_that_are_refused():
@@ -391,6 +420,10 @@ def test_the_plan_counts_the_reference_once():
     assert (dpo.sampling, dpo.training) == (nft.sampling, nft.training)
     assert read.sampling == pytest.approx(dpo.sampling * 2 / 10)
     assert dpo.resident["its reference"] == dpo.resident["UNet"] and dpo.peaks == nft.peaks
+    one = few | dict(samples_per_prompt=2, micro_batch_size=1)
+    two = one | dict(micro_batch_size=2)
+    assert make_plan(make_config("emoji", algorithm="dpo", **one)).peaks == make_plan(
+        make_config("emoji", algorithm="dpo", **two)).peaks  # a call takes a pair
 
 
 def test_the_command(twins, folder):

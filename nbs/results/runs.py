@@ -3,8 +3,8 @@
 `groups`, `reinforce`, `steps`, `gamed`, `incompressible`, `draft`, `dpo_noise`, `value` and
 `comparison0` to `comparison2` train, and have a line for each look at fresh pictures on the way;
 chapters 12 and 30 have pictures, too. (The seconds of `dpo_noise`, `draft`, `gamed`, `groups`,
-`incompressible` and `reinforce` are of one thread beside other work.) The others look at what commands have left in
-runs/: `right`, `samplers` and `backgrounds` at the three runs
+`incompressible` and `reinforce` are of one thread beside other work.) The others look at what
+commands have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
 
     ddpo_train --seed N --name seedN
 
@@ -53,11 +53,10 @@ from ddpo_scratch.prompts import PromptDataset, emoji_common_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
 from ddpo_scratch.sampling import decoding_fn, sd_sample
 from ddpo_scratch.scorers.names import WeightedSum, make_reward
-from ddpo_scratch.trainer.checkpoints import write_file
+from ddpo_scratch.trainer.checkpoints import in_place, write_file
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts, no_reward
 from ddpo_scratch.trainer.preferences import DPOTrainer
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
-from ddpo_scratch.trainer.trainer import in_place
 from ddpo_scratch.training import EVALUATION, noise_sources
 from ddpo_scratch.workshop.drawings import BACKGROUNDS
 from ddpo_scratch.workshop.emoji_model import named_right
