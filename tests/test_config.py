@@ -25,7 +25,7 @@ def test_presets_are_the_blogs_and_its_miniature():
         which_steps=None, compile=False, lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
         lora_from=None, algorithm="ddpo", draft_steps=1, draft_random=False, draft_copies=1,
         draft_views=0, noise_levels=4, nft_beta=1.0, old_decay=0.0, ema_decay=0.0, preferences=None,
-        flow_sampler="sde", mixed_sampling=False)
+        flow_sampler="sde", mixed_sampling=False, eval_every=0, best_by="reward", patience=0)
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(TrainerConfig)} - set(blog) == {"seed", "device"}
     assert PRESETS["emoji"].pipeline == "emoji"

@@ -113,9 +113,10 @@ def check_resumable(
         if not checkpoints_in(folder / "checkpoints"):
             raise ValueError(f"the run in {folder} has come to its end, and has no checkpoint to "
                              "go on from. Results are never written over.")
-        if config.num_epochs == begun.num_epochs:
-            raise ValueError(f"the run in {folder} has come to its end, after {begun.num_epochs} "
-                             "epochs. To go on, give it more: --num_epochs.")
+        if (config.num_epochs, config.patience) == (begun.num_epochs, begun.patience):
+            raise ValueError(f"the run in {folder} has come to its end. To go on, give it more "
+                             f"than {begun.num_epochs} --num_epochs"
+                             + " or another --patience" * (begun.patience > 0) + ".")
     check_unchanged(config, begun, folder)
 
 

@@ -33,8 +33,9 @@ class Log:
                                         id=run_id, resume="allow", config=asdict(config))
         self.tracker.start()
 
-    def epoch(self, row: dict, pictures: torch.Tensor | None) -> None:
+    def epoch(self, row: dict, pictures: torch.Tensor | None, evaluation: dict) -> None:
         if self.tracker:
+            row = row | {f"evaluation/{name}": value for name, value in evaluation.items()}
             self.tracker.log({key: value for key, value in row.items() if key != "epoch"},
                              step=row["epoch"])
             if pictures is not None:

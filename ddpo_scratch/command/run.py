@@ -37,6 +37,7 @@ from ddpo_scratch.command.folder import (
     with_notes,
 )
 from ddpo_scratch.command.log import Log
+from ddpo_scratch.command.watch import Watch, column_of
 from ddpo_scratch.models.families import family_of, network_of, text_encoders
 from ddpo_scratch.sampling import decoding_fn
 from ddpo_scratch.scorers.names import ask, make_eval_rewards
@@ -92,9 +93,8 @@ class Progress:
         self.frames.append(strip_frame(columns[-1], title, self.prompts))
         write_file(self.folder / "progress.gif", gif_bytes(self.frames))
 
-    def after(self, epoch: int) -> None:
-        if epoch in self.shown:
-            self.draw(f"epoch {epoch}")
+    def after(self, epoch: int, ends: bool) -> None:
+        if epoch in self.shown or ends: self.draw(f"epoch {epoch}")
 
 # %% ../../nbs/practice/13_command.ipynb 20
 def plain_reward(
@@ -149,18 +149,20 @@ def evaluate_after(
     config: TrainerConfig,
     pipe: DiffusionPipeline,
     reward_fn: Callable,
-    eval_rewards: Mapping[str, Callable],
     folder: Path,    # gets after.png and evaluation.csv
     run: dict,       # from `evaluate_before`
+    watch: Watch,
+    epoch: int,      # the last
 ) -> str:            # the verdict
     "Evaluate the trained model on the same prompts and noise; print and return the verdict."
     prompts, before = run["prompts"], run["before"]
-    images, after = all_scores(config, pipe, prompts, reward_fn, eval_rewards)
+    images, after = watch.last(epoch)
     lines = [verdict(before["reward"], after["reward"])]
     lines += [f"{name.removeprefix('eval_')}"
               f"{', which was not trained on' if name.startswith('eval_') else ''}: "
               f"{before[name].mean():.4f} before, {after[name].mean():.4f} after"
               for name in before if name != "reward"]
+    if remark := watch.summary(after): lines.append(remark)
     plain = plain_reward(config, pipe, prompts, reward_fn)
     usual = inspect.signature(pipe.__call__).parameters
     steps, guidance = (usual[name].default for name in ("num_inference_steps", "guidance_scale"))
@@ -198,6 +200,7 @@ def run_training(
     check_run(config, pipe)
     if eval_rewards is None: eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
     TRAINERS[config.algorithm].check_rewards(reward_fn, eval_rewards)
+    column_of(config.best_by, reward_fn, eval_rewards)
     if config.push_to_hub: from_the_first(lambda: make_repo(config.push_to_hub))
     folder = Path(folder)
     config = what_ran(config, pipe, prompt_fn, reward_fn, eval_rewards)
@@ -227,6 +230,7 @@ def run_training(
         run["config"] = asdict(config)
         progress = Progress(config, pipe, run["prompts"], folder, run["progress"])
         if not run["progress"]: progress.draw("before")
+        watch = Watch(config, pipe, reward_fn, eval_rewards, folder, run)
 
         def save(keep=config.checkpoints_total_limit):
             save_checkpoint(folder / "checkpoints", keep, pipe, state, run)
@@ -234,10 +238,13 @@ def run_training(
             write_file(folder / "metrics.csv", csv_text(state.history))
             curve = reward_curve(state.history, without_folders(config.reward))
             write_file(folder / "reward_curve.png", png_bytes(curve))
-            progress.after(row["epoch"])
-            log.epoch(row, run["progress"].get(f"epoch {row['epoch']}"))
-            if row["epoch"] % config.save_every == 0 or row["epoch"] == config.num_epochs: save()
+            ends = watch.after(row["epoch"], state)
+            progress.after(row["epoch"], ends)
+            log.epoch(row, run["progress"].get(f"epoch {row['epoch']}"), watch.new(row["epoch"]))
+            ends = ends or row["epoch"] == config.num_epochs
+            if row["epoch"] % config.save_every == 0 or ends: save()
             on_batch()
+            return ends
         log = Log(config, folder, run["id"], len(state.history))
         with closing(log), stop_after_a_batch() as on_batch:
             try:
@@ -257,7 +264,7 @@ def run_training(
                         print_once(f"no checkpoint could be written: {type(error).__name__}: "
                                    f"{error}")
                 raise
-        line = evaluate_after(config, pipe, reward_fn, eval_rewards, folder, run)
+        line = evaluate_after(config, pipe, reward_fn, folder, run, watch, len(state.history))
         has_adapter = bool(adapters_of(network_of(pipe)))
         card = model_card(config, pipe, run, line, has_adapter)
         curve = png_bytes(reward_curve(state.history, without_folders(config.reward)))

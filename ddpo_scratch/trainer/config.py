@@ -294,6 +294,14 @@ class TrainerConfig(DDPOConfig):
         is_switch)
     device: str | None = setting(
         None, "machine", "any torch device; None: CUDA if there is one, else CPU", or_none(is_name))
+    eval_every: int = setting(
+        0, "machine", "epochs from one evaluation on fresh images to the next; 0: none on the way",
+        check_rank)
+    best_by: str = setting(
+        "reward", "machine", "of those, the best are kept by reward, or by one of eval_rewards",
+        is_name)
+    patience: int = setting(
+        0, "machine", "end after so many evaluations without a better one; 0: never", check_rank)
     save_every: int = setting(
         10, "machine", "epochs from one checkpoint to the next; there is one at the end, too",
         check_count)
@@ -363,6 +371,9 @@ def check_together(
         raise ValueError("lora_from wants lora_rank, lora_alpha and lora_targets to be those of "
                          "the adapter: use make_config, which reads them from it.")
     check_algorithm(c)
+    if not c.eval_every and (c.best_by, c.patience) != ("reward", 0):
+        raise ValueError("best_by and patience are about the evaluations on the way, and there are "
+                         "none: set eval_every.")
     if c.which_steps:
         if max(c.trained_steps) >= c.num_timesteps or (
                 len({*c.trained_steps}) < len(c.trained_steps)):

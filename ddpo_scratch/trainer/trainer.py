@@ -265,7 +265,8 @@ class Trainer:
 
     def train(
         self,
-        on_epoch: Callable[[dict], None] = lambda row: None,  # gets each epoch's metrics
+        on_epoch: Callable[[dict], bool | None] = lambda row: None,  # gets each epoch's metrics;
+        #                                                                true: training ends here
         on_batch: Callable[[], None] = lambda: None,  # is called after every batch; may raise
     ) -> list[dict]:                                  # a row of metrics for each epoch
         """Train until `num_epochs` are done. `Ruined` if all updates of an epoch are not finite.
@@ -294,7 +295,7 @@ class Trainer:
             state.history.append(row)
             state.rollout = Rollout()
             self.print_row(row)
-            on_epoch(row)
+            if on_epoch(row): break
         if state.average: state.average.copy_to(state.weights)
         return state.history
 
