@@ -29,7 +29,7 @@ Trained with {method} by `ddpo_scratch`. On {num_eval_samples} prompts from
 
 {verdict}
 
-![mean reward over the epochs](reward_curve.png)
+![the curve of the training](reward_curve.png)
 
 It was trained to draw in {num_timesteps} steps ({sampler}), guidance {cfg:g},
 {height} × {width} pixels, in {arithmetic}.

@@ -22,9 +22,10 @@ from diffusers import DiffusionPipeline
 from filelock import FileLock, Timeout
 
 from ddpo_scratch.command.flags import read_config
+from ddpo_scratch.models.families import network_of
 from ddpo_scratch.pipelines import EMBEDDED, pipeline_source
 from ddpo_scratch.scorers.names import WeightedSum, find_reward, name_in_a_file, split_weight
-from ddpo_scratch.trainer.checkpoints import checkpoints_in, write_file
+from ddpo_scratch.trainer.checkpoints import checkpoints_in, sha256_of, write_file
 from ddpo_scratch.trainer.config import FOLDERS, MAY_CHANGE, TrainerConfig
 from ddpo_scratch.trainer.presets import PROMPTS, REWARDS, PromptFile
 from ddpo_scratch.trainer.processes import processes
@@ -166,19 +167,34 @@ def fingerprint(
     return hashlib.sha256(parts.cpu().numpy().tobytes()).hexdigest()
 
 
-def check_base(
-    base: str,     # from `fingerprint`
-    folder: Path,  # of the run to resume
+def sources(
+    config: TrainerConfig,
+    pipe: DiffusionPipeline,  # untrained
+) -> dict[str, str]:  # SHA-256, by name
+    "What a run begins with, and a resumed one has to find again: weights, a list of preferences."
+    found = {"untrained_unet": fingerprint(network_of(pipe))}
+    if config.preferences:
+        found["preferences"] = sha256_of(Path(config.preferences) / "preferences.jsonl")
+    return found
+
+
+def check_sources(
+    found: dict[str, str],  # from `sources`
+    folder: Path,           # of the run to resume
 ) -> None:
-    "`ValueError` if `base` is not the fingerprint of the UNet that the run began with."
+    "`ValueError` if the run began with others."
     try:
-        begun = yaml.safe_load((folder / "versions.yaml").read_text("utf-8"))["untrained_unet"]
+        saved = yaml.safe_load((folder / "versions.yaml").read_text("utf-8"))
+        begun = {name: saved[name] for name in found}
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / 'versions.yaml'} is damaged: it does not say which weights "
-                         "the run began with (untrained_unet).") from error
-    if begun != base:
+        raise ValueError(f"{folder / 'versions.yaml'} is damaged: it does not say what the run "
+                         f"began with ({', '.join(found)}).") from error
+    if begun["untrained_unet"] != found["untrained_unet"]:
         raise ValueError(f"the run in {folder} began with other weights than the pipeline has now. "
                          "Perhaps it has been trained since: load it again.")
+    if begun != found:
+        raise ValueError(f"the run in {folder} began with other preferences than its folder has "
+                         "now: restore the file preferences.jsonl, or begin a new run.")
 
 
 def as_yaml(values: dict) -> str:

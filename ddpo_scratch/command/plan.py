@@ -223,6 +223,7 @@ def make_plan(
     training = work.training - (config.draft_steps - through) * work.sampling * (
         4 if config.gradient_checkpointing else 3)
     at_once = min(config.micro_batch_size or batch, batch * (1 if draft else steps))
+    at_once = max(at_once, 2 if config.algorithm == "dpo" else 1)  # a pair
     peaks = {"sampling": work.peak(work.sample, at_a_time),
              "decoding": work.peak(work.decode, at_a_time),
              "training": work.peak(work.learn, at_once)}

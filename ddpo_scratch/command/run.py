@@ -26,11 +26,11 @@ from ddpo_scratch.command.figures import (
 from ddpo_scratch.command.flags import read_config
 from ddpo_scratch.command.folder import (
     as_yaml,
-    check_base,
     check_resumable,
+    check_sources,
     check_unchanged,
     differences,
-    fingerprint,
+    sources,
     unfinished_until_the_end,
     versions,
     what_ran,
@@ -184,6 +184,18 @@ TRAINERS = {kind.algorithm: kind for kind in (
     DDPOTrainer, DRaFTTrainer, NFTTrainer, AWMTrainer, DPOTrainer)}
 
 
+def curve(
+    config: TrainerConfig,
+    history: list[dict],
+) -> bytes:
+    "reward_curve.png. Images from a folder have no reward: there it is the implicit accuracy."
+    name = without_folders(config.reward)
+    if config.preferences:
+        name, history = "implicit accuracy", [row | {
+            "reward_mean": row["implicit_accuracy"], "reward_std": 0.0} for row in history]
+    return png_bytes(reward_curve(history, name))
+
+
 def run_training(
     config: TrainerConfig,
     pipe: DiffusionPipeline,     # its UNet is trained in place
@@ -208,10 +220,10 @@ def run_training(
     if resume:
         check_resumable(config, folder)
         checkpoint = from_the_first(lambda: newest_intact(folder / "checkpoints"))
-    base = fingerprint(network_of(pipe))
+    begun_with = sources(config, pipe)
     with unfinished_until_the_end(folder, resume):
-        if (folder / "versions.yaml").exists(): check_base(base, folder)
-        else: write_file(folder / "versions.yaml", as_yaml(versions() | {"untrained_unet": base}))
+        if (folder / "versions.yaml").exists(): check_sources(begun_with, folder)
+        else: write_file(folder / "versions.yaml", as_yaml(versions() | begun_with))
         if not resume: write_file(folder / "config.yaml", as_yaml(asdict(config)))
         state = TrainingState(config, pipe)
         if checkpoint:
@@ -236,8 +248,7 @@ def run_training(
             save_checkpoint(folder / "checkpoints", keep, pipe, state, run)
         def on_epoch(row):
             write_file(folder / "metrics.csv", csv_text(state.history))
-            curve = reward_curve(state.history, without_folders(config.reward))
-            write_file(folder / "reward_curve.png", png_bytes(curve))
+            write_file(folder / "reward_curve.png", curve(config, state.history))
             ends = watch.after(row["epoch"], state)
             progress.after(row["epoch"], ends)
             log.epoch(row, run["progress"].get(f"epoch {row['epoch']}"), watch.new(row["epoch"]))
@@ -267,8 +278,8 @@ def run_training(
         line = evaluate_after(config, pipe, reward_fn, folder, run, watch, len(state.history))
         has_adapter = bool(adapters_of(network_of(pipe)))
         card = model_card(config, pipe, run, line, has_adapter)
-        curve = png_bytes(reward_curve(state.history, without_folders(config.reward)))
-        save_trained(pipe, folder, {"README.md": card.encode(), "reward_curve.png": curve})
+        save_trained(pipe, folder, {
+            "README.md": card.encode(), "reward_curve.png": curve(config, state.history)})
         remove_old(folder / "checkpoints", 1)
     if not has_adapter:
         pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # its source from now on

@@ -14,11 +14,11 @@ from diffusers import DiffusionPipeline
 
 from ddpo_scratch.command.figures import csv_text, save_pictures
 from ddpo_scratch.scorers.names import WeightedSum
-from ddpo_scratch.trainer.checkpoints import save_trained, write_file
+from ddpo_scratch.trainer.checkpoints import in_place, save_trained, write_file
 from ddpo_scratch.trainer.config import TrainerConfig
 from ddpo_scratch.trainer.evaluation import all_scores
 from ddpo_scratch.trainer.processes import print_once
-from ddpo_scratch.trainer.trainer import TrainingState, in_place
+from ddpo_scratch.trainer.trainer import TrainingState
 
 # %% ../../nbs/practice/19_evaluation.ipynb 11
 def column_of(

@@ -25,8 +25,10 @@ def check_algorithm(
     for name, algorithms in MEANT_FOR.items():
         default = type(c).__dataclass_fields__[name].default
         if c.algorithm not in algorithms and getattr(c, name) != default:
-            raise ValueError(f"{name} means nothing to algorithm {c.algorithm!r}: leave it at "
-                             f"{default!r}; it is {getattr(c, name)!r}.")
+            raise ValueError(
+                f"{name} means nothing to algorithm {c.algorithm!r}, only to "
+                f"{', '.join(algorithms)}: set algorithm, too, or leave {name} at {default!r}; it "
+                f"is {getattr(c, name)!r}.")
     if c.eta == 0 and c.algorithm == "ddpo":
         raise ValueError("eta must be above 0: without noise a step is deterministic, and DDPO has "
                          "no gradient. (The other algorithms need no noise.)")

@@ -131,8 +131,8 @@ def set_random_states(
 # %% ../../nbs/practice/25_checkpoints.ipynb 10
 def state_to_dict(
     state,    # `TrainingState`
-) -> dict:    # of plain values, without the trained weights
-    "Everything that the next batch depends on, except the weights."
+) -> dict:    # of plain values
+    "Everything that the next batch depends on, except weights that are saved for `diffusers`."
     rollout = vars(state.rollout) | ({"samples": []} if sampling_is_shared(state) else {})
     return {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict(),
             "stats": {prompt: list(queue) for prompt, queue in state.tracker.stats.items()},
@@ -141,7 +141,22 @@ def state_to_dict(
             "sample_batch_size": state.sample_batch_size,
             "units": state.units, "random": state.random, "around": random_states(),
             "history": state.history, "rollout": rollout,
-            "averages": {name: one.state_dict() for name, one in averages_of(state).items()}}
+            "averages": {name: one.state_dict() for name, one in averages_of(state).items()},
+            "weights": [weight.detach().cpu() for weight in state.weights if state.average]}
+
+
+@contextmanager
+def in_place(
+    average: EMAModel | None,            # None: nothing changes
+    weights: list[torch.nn.Parameter],
+):
+    "The weights are the average's, for a while."
+    if average: average.store(weights)
+    try:
+        if average: average.copy_to(weights)
+        yield
+    finally:
+        if average: average.restore(weights)
 
 
 def averages_of(
@@ -169,6 +184,7 @@ def state_from_dict(
     for name, average in averages_of(state).items():
         average.load_state_dict(saved["averages"][name])
         average.to(state.weights[0].device)
+    for weight, last in zip(state.weights, saved.get("weights", [])): weight.data.copy_(last)
     other_batches = saved["sample_batch_size"] != state.sample_batch_size
     if sampling_is_shared(state) or (other_batches and not state.rollout.batches):
         state.rollout.samples = []
@@ -220,7 +236,7 @@ def save_checkpoint(
     folder.mkdir(exist_ok=True)
     with at_one_stroke(folder / name) as part:
         part.mkdir()
-        save_trained(pipe, part)
+        with in_place(state.average, state.weights): save_trained(pipe, part)
         torch.save({"state": state_to_dict(state), "run": run}, part / "state.pt")
         (part / "sha256.json").write_text(json.dumps(sums_of(part), indent=1), encoding="utf-8")
     remove_old(folder, keep)

@@ -386,9 +386,10 @@ def check_together(
         raise ValueError(f"min_count {c.min_count} can never be reached in a buffer of "
                          f"{c.buffer_size}: make buffer_size at least as large.")
     if c.num_samples_per_epoch % c.samples_per_prompt:
+        other = ", or samples_per_prompt 1" * (c.algorithm != "dpo")
         raise ValueError(f"samples_per_prompt {c.samples_per_prompt} does not divide "
                          f"num_samples_per_epoch {c.num_samples_per_epoch}: take a multiple of "
-                         f"{c.samples_per_prompt}, or samples_per_prompt 1.")
-    if c.samples_per_prompt > c.buffer_size:
+                         f"{c.samples_per_prompt}{other}.")
+    if c.samples_per_prompt > c.buffer_size and c.algorithm != "dpo":
         raise ValueError(f"samples_per_prompt {c.samples_per_prompt} does not fit into a buffer of "
                          f"{c.buffer_size}: make buffer_size at least as large.")

@@ -46,7 +46,7 @@ class DDPOTrainer(Trainer):
         config, state, rollout = self.config, self.state, self.state.rollout
         self.draw_prompts()
         batches = sampling_batches(config.num_samples_per_epoch, config.sample_batch_size)
-        batches = batches[len(rollout.samples):]
+        batches = [] if rollout.batches else batches[len(rollout.samples):]
         score = partial(raw_scores, self.reward_fn, self.eval_rewards)
         beside = all(is_elsewhere(fn, self.policy.device)
                      for fn in (self.reward_fn, *self.eval_rewards.values()))

@@ -15,10 +15,10 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..models.conditioning import Conditioning
 from ..sampling import Schedule
+from .checkpoints import in_place
 from .ddpo import DDPOTrainer
 from .gradient import Objective, clipped_loss, in_calls
 from .policy import Policy, Trajectory
-from .trainer import in_place
 
 # %% ../../nbs/practice/31_forward.ipynb 5
 def noised(
@@ -50,7 +50,8 @@ class Noised(NamedTuple):
     "B sampled images at K noise levels each, and what they are worth; on the policy's device."
     x_t: torch.Tensor     # [K, B, C, h, w]
     target: torch.Tensor  # what the network should predict for it, same shape
-    old: torch.Tensor     # what the policy that sampled them predicts (dpo: the reference), too
+    old: torch.Tensor     # what the policy that sampled them predicts without guidance (dpo: the
+    #                       reference), same shape
     step: torch.Tensor    # rows of the schedule, [K, B]
     advantages: torch.Tensor  # [B]
     cond: Conditioning        # of their prompts

@@ -6,6 +6,7 @@
 import json
 import os
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,12 +34,16 @@ class Preference(NamedTuple):
 
 @contextmanager
 def reading(path: Path, place: str):
-    "Turns the errors of a damaged image into a `ValueError` that says which and where."
+    "Gives an opened image. `ValueError` that says which and where, if it cannot be used."
     try:
-        yield
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"{place}: {str(path)!r} has more than 8 bits a channel (mode "
+                                 f"{image.mode}): save it with 8.")
+            yield image
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{place}: {str(path)!r} is no image that can be read: "
-                         f"{error}.") from error
+                         f"{error}. Put another in its place.") from error
 
 
 def preference(
@@ -57,8 +62,20 @@ def preference(
                          f"{line[:100]!r}.")
     paths = [folder / found[name] for name in Preference._fields[1:]]
     for path in paths:
-        with reading(path, place), Image.open(path): pass
+        with reading(path, place): pass
     return Preference(found["prompt"], *paths)
+
+
+@lru_cache(maxsize=1)
+def pairs_in(
+    path: Path,
+    text: str,  # of the file: read again where it has changed
+) -> list[Preference]:
+    "The pairs of the lines. Opens every image once, which takes minutes for a million."
+    found = [preference(line, f"{path}, line {number}", path.parent)
+             for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not found: raise ValueError(f"preferences: there is no pair in {str(path)!r}.")
+    return found
 
 
 def read_preferences(
@@ -67,14 +84,10 @@ def read_preferences(
     "All pairs of a folder. `ValueError` if there are none, or a line is wrong."
     path = Path(folder) / "preferences.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return pairs_in(path, path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"preferences: {str(path)!r} cannot be read: {error}. A line for each "
                          'pair is wanted: {"prompt": …, "preferred": …, "rejected": …}.') from error
-    found = [preference(line, f"{path}, line {number}", path.parent)
-             for number, line in enumerate(lines, 1) if line.strip()]
-    if not found: raise ValueError(f"preferences: there is no pair in {str(path)!r}.")
-    return found
 
 # %% ../../nbs/practice/32_preferences.ipynb 11
 def opened(
@@ -82,11 +95,7 @@ def opened(
     sides: tuple[int, int],  # height and width, pixels
 ) -> np.ndarray:             # uint8, [H, W, 3]
     "An image of that size, scaled and cropped, on white. `ValueError` if it cannot be read."
-    with reading(path, "preferences"), Image.open(path) as found:
-        image = ImageOps.exif_transpose(found)
-    if image.mode[0] in "IF":
-        raise ValueError(f"preferences: {str(path)!r} has more than 8 bits a channel (mode "
-                         f"{image.mode}): save it with 8.")
+    with reading(path, "preferences") as found: image = ImageOps.exif_transpose(found)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

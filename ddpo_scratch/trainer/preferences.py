@@ -26,7 +26,7 @@ from ddpo_scratch.trainer.pairs import (
 )
 from .policy import Policy, Trajectory
 from .precision import on_the_cpu
-from .processes import from_the_first, gathered
+from .processes import from_the_first, gathered, print_once
 from .rollout import joined, sampling_batches
 
 # %% ../../nbs/practice/32_preferences.ipynb 5
@@ -91,7 +91,10 @@ class DPOTrainer(ForwardTrainer):
     @cached_property
     def known(self) -> list[Preference]:
         "The folder's pairs, as the first process found them when it first looked."
-        return from_the_first(lambda: read_preferences(self.config.preferences))
+        found = from_the_first(lambda: read_preferences(self.config.preferences))
+        print_once(f"{len(found)} pairs in {self.config.preferences}; an epoch takes "
+                   f"{self.config.num_samples_per_epoch // 2}")
+        return found
 
     def pairs_of(self, epoch: int) -> list[Preference]:
         "The epoch's part of all pairs, in a new order each time that all have been used."
@@ -112,7 +115,8 @@ class DPOTrainer(ForwardTrainer):
         rollout.prompts = prompts
         paths = [path for pair in pairs for path in (pair.preferred, pair.rejected)]
         self.cache.read(prompts)
-        batches = sampling_batches(len(paths), config.sample_batch_size)[len(rollout.samples):]
+        batches = sampling_batches(len(paths), config.sample_batch_size)
+        batches = [] if rollout.batches else batches[len(rollout.samples):]
         with on_the_cpu(config.offload, *text_encoders(self.pipe)):
             for batch in self.bar(batches, "images"):
                 if len(batch):

@@ -83,6 +83,11 @@ EMOJI = {  # the preset's changes for other algorithms
     "nft": dict(num_epochs=16, lr=1e-4, noise_levels=2, nft_beta=0.1, ema_decay=0.9),
     "awm": dict(num_epochs=16, lr=1e-4, noise_levels=2, clip_ratio=1e-3, ema_decay=0.9),
     "dpo": dict(num_epochs=16, lr=3e-5, noise_levels=2, beta=400.0, ema_decay=0.9)}
+FEW_UPDATES = dict(batch_size=64, max_grad_norm=1.0)  # of groups of images
+LARGE = {  # and those of the other presets; starting points that have not been run
+    "nft": FEW_UPDATES | dict(samples_per_prompt=16, clip_advantages=5.0, nft_beta=0.2, beta=0.0),
+    "awm": FEW_UPDATES | dict(samples_per_prompt=16, clip_ratio=1e-3, beta=0.0),
+    "dpo": FEW_UPDATES | dict(samples_per_prompt=16, beta=2500.0)}
 PRESETS["flux"] = replace(
     PRESETS["sd35"], pipeline="black-forest-labs/FLUX.1-dev", mixed_precision="bf16",
     num_timesteps=6, cfg=3.5, eta=0.9, beta=0.0, clip_ratio=1e-3, sample_batch_size=3,
@@ -126,10 +131,9 @@ def make_config(
     if algorithm := changes.get("algorithm"):
         none = {name: known[name].default for name, algorithms in MEANT_FOR.items()
                 if algorithm not in algorithms}
-        if algorithm == "dpo":
-            few = 2 if changes.get("preferences") else max(2, PRESETS[preset].samples_per_prompt)
-            none |= dict(beta=2500.0, samples_per_prompt=few)
-        changes = none | (EMOJI.get(algorithm, {}) if preset == "emoji" else {}) | changes
+        own = EMOJI.get(algorithm, {}) if preset == "emoji" else LARGE.get(algorithm, {})
+        if changes.get("preferences"): own = own | dict(samples_per_prompt=2)
+        changes = none | own | changes
     counts = {"buffer_size", "min_count"}
     if len(counts & changes.keys()) == 1:  # the other follows from it
         changes.update(dict.fromkeys(counts - changes.keys()))

@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -188,19 +188,6 @@ class TrainingState:
         self.history, self.rollout, self.is_whole = [], Rollout(), True
 
 
-@contextmanager
-def in_place(
-    average: EMAModel | None,            # None: nothing changes
-    weights: list[torch.nn.Parameter],
-):
-    "The weights are the average's, for a while."
-    if average: average.store(weights)
-    try:
-        if average: average.copy_to(weights)
-        yield
-    finally:
-        if average: average.restore(weights)
-
 # %% ../../nbs/practice/18_trainer.ipynb 11
 def averages(
     rows: list[dict],  # numbers with the same names
@@ -331,6 +318,7 @@ class Trainer:
         for batch in self.bar(rollout.batches[len(rollout.updates):], "updates"):
             state.optimizer.zero_grad()
             measured = gradient(batch)
+            state.scaler.scale(torch.zeros((), device=self.policy.device))  # begins, without a part
             state.scaler.unscale_(state.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(state.weights, config.max_grad_norm).item()
             skip = not math.isfinite(measured["loss"] + norm)
