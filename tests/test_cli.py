@@ -37,14 +37,25 @@ from ddpo_scratch.command.plan import make_plan
 from ddpo_scratch.command.run import plain_reward, run_training
 from ddpo_scratch.prompts import emoji_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
-from ddpo_scratch.scorers.names import WeightedSum, make_reward
+from ddpo_scratch.scorers.names import WeightedSum, WithFacts, make_reward
 from ddpo_scratch.trainer.checkpoints import write_file
 from ddpo_scratch.trainer.config import GROUPS, TrainerConfig, help_of
 from ddpo_scratch.trainer.lora import LORA_TARGETS
 from ddpo_scratch.trainer.presets import PRESETS, make_config
 from ddpo_scratch.trainer.trainer import check_run
 from ddpo_scratch.training import EVALUATION, noise_sources
-from helpers import Started, as_flags, ddpo_train, embedded, flat, last_line, opened, run_card, twin
+from helpers import (
+    Started,
+    as_flags,
+    ddpo_train,
+    embedded,
+    flat,
+    last_line,
+    opened,
+    run_card,
+    train,
+    twin,
+)
 
 SMALL = dict(num_epochs=2, num_samples_per_epoch=5, samples_per_prompt=1, num_eval_samples=2,
              sample_batch_size=4, batch_size=2, num_timesteps=2, img_size=32)
@@ -466,6 +477,45 @@ def test_rewards_of_ones_own_are_resumed(flags):
         assert "no 'rednes' in mine.py. Did you mean 'redness'" in wrong
         wrong = called(folder, *flags, "--reward", "mine.py:OWN", "--name", "never")[1]
         assert wrong.startswith("ddpo_train: the reward 'mine.py:OWN': there is no 'OWN'")
+
+
+def test_a_reward_gets_the_facts_of_its_prompts(flags, tmp_path):
+    "Each image its own, whatever the order; in a sum, watched, and when the run goes on."
+    words = {"a fox": 3, "an owl": 5, "a bee": 7}
+    (tmp_path / "prompts.jsonl").write_text("\n".join(
+        json.dumps({"prompt": prompt, "count": count}) for prompt, count in words.items()))
+    (tmp_path / "mine.py").write_text(f"WORDS = {words}\n" + """
+def count(images, prompts, facts):
+    assert [fact.pop("count") for fact in facts] == [WORDS[prompt] for prompt in prompts]
+    return [WORDS[prompt] for prompt in prompts]
+""")
+    settings = [*flags, "--num_epochs=1", "--samples_per_prompt=1", "--reward",
+                "mine.py:count:1,jpeg_compressibility:1", "--eval_rewards=mine.py:count"]
+    lines, wrong = called(tmp_path, *settings, "--prompts=prompts.jsonl", "--name=x")
+    assert wrong is None, wrong
+    lines, wrong = called(tmp_path, "--resume=runs/x", "--num_epochs=2")
+    assert wrong is None, wrong
+    rows = list(csv.DictReader((tmp_path / "runs" / "x" / "metrics.csv").open()))
+    assert all(3 <= float(row["reward_count"]) == float(row["eval_count"]) <= 7 for row in rows)
+    wrong = called(tmp_path, *settings, "--prompts=emoji_animal_prompts")[1]
+    assert "the reward count has three arguments, and so wants facts" in wrong
+    assert "--prompts file.jsonl" in wrong and "Nothing was written" in wrong
+
+
+def test_facts_from_python():
+    "The prompt function has them, or the reward is given them."
+    def count(images, prompts, facts): return [fact["count"] for fact in facts]
+    def prompts(): return "a fox"
+    config = make_config("emoji", **SMALL | dict(num_epochs=1, eval_rewards=None))
+    with pytest.raises(ValueError, match="wants facts about the prompts, of which there are none"):
+        train(config, twin("sd2"), prompts, count)
+    known = {"a fox": {"count": 2}}
+    for reward_fn in (count, WithFacts(count, known)):
+        prompts.facts = known if reward_fn is count else {}
+        row, = train(config, twin("sd2"), prompts, reward_fn)
+        assert row["reward_mean"] == 2
+    with pytest.raises(ValueError, match="count asks for facts about the prompt 'an owl'"):
+        WithFacts(count, known)(np.zeros((1, 8, 8, 3), np.uint8), ["an owl"])
 
 
 def test_a_file_is_known_by_path_and_content(tmp_path):

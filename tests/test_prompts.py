@@ -74,6 +74,24 @@ def test_only_line_ends_end_a_line(tmp_path):
         assert PromptFile(tmp_path / "prompts.txt").prompts == tuple(inside)
 
 
+def test_prompts_with_facts(tmp_path):
+    "A row for each; a prompt may stand twice, with the same facts."
+    path = tmp_path / "prompts.jsonl"
+    def read(*lines):
+        path.write_text("\ufeff" + "\r\n".join(lines), encoding="utf-8")
+        return PromptFile(path)
+    rows = ('{"prompt": "three apples", "count": 3}', "", "# more", ' {"prompt": "a fox"}',
+            '{"count": 3, "prompt": "three apples"}')
+    found = read(*rows)
+    assert found.prompts == ("three apples", "a fox", "three apples")
+    assert found.facts == {"three apples": {"count": 3}, "a fox": {}}
+    for line, match in (("{", "line 6 is not JSON"), ('["a fox"]', "line 6 must be an object"),
+                        ('{"text": "a fox"}', "with a prompt, a string"),
+                        ('{"prompt": 7}', "with a prompt, a string"),
+                        ('{"prompt": "a fox", "count": 1}', "line 6: .* 'a fox' has other facts")):
+        with pytest.raises(ValueError, match=match): read(*rows, line)
+
+
 def test_prompt_dataset():
     "As many prompts as asked for, whatever the batch size, each from one call."
     calls = iter(range(100))
