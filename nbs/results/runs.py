@@ -1,9 +1,9 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
-`groups`, `reinforce`, `steps`, `gamed`, `incompressible`, `draft`, `dpo_noise`, `value` and
-`comparison0` to `comparison2` train, and have a line for each look at fresh pictures on the way;
-chapters 12 and 30 have pictures, too. (The seconds of `dpo_noise`, `draft`, `gamed`, `groups`,
-`incompressible` and `reinforce` are of one thread beside other work.) The others look at what
+`groups`, `reinforce`, `steps`, `gamed`, `incompressible`, `draft`, `dpo_noise`, `value0`, `value1`
+and `comparison0` to `comparison2` train, and have a line for each look at fresh pictures on the
+way; chapters 12 and 30 have pictures, too. (The seconds of `dpo_noise`, `draft`, `gamed`, `groups`,
+`incompressible`, `reinforce`, `value0` and `value1` are of one thread beside other work.) The others look at what
 commands have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
 
     ddpo_train --seed N --name seedN
@@ -275,6 +275,14 @@ def compare_algorithms(seed: int):
     return rows
 
 
+def comparison():
+    "The table of chapter 33, and its figure for README; from the tables of the three seeds."
+    os.chdir(HERE)
+    found = names_of_cells("practice/33_comparison.ipynb", "ax.axhline(", "def seconds_to(")
+    write_file(HERE.parent / "images" / "comparison.png", png_bytes(found["fig"]))
+    return found["summary"]
+
+
 class SharedNoise(DPOTrainer):
     "All images of a prompt are noised in the same way."
     def forward_noise(self, epoch, numbers):
@@ -294,20 +302,19 @@ VALUES = {"per prompt": {}, "value": dict(baseline=True),
           "γ = 0.9": dict(gamma=0.9, baseline=False)}
 
 
-def value():
-    "A baseline for each step."
+def compare_values(seed: int):
+    "Chapter 33. Half an hour of one thread a seed."
     rows = []
-    for seed in (0, 1):
-        for name, changes in VALUES.items():
-            made = []
-            def kind(*args):
-                made.append(type("Changed", (ValueTrainer,), changes)(*args))
-                return made[0]
-            def explained(images, prompts):
-                if not made or not made[0].explained: return {"explained": ""}
-                return {"explained": " ".join(f"{x:.3f}" for x in made[0].explained[-1])}
-            rows += watched(name, make_config("emoji", seed=seed), 256, 4, measure=explained,
-                            kind=kind if changes else None)
+    for name, changes in VALUES.items():
+        made = []
+        def kind(*args):
+            made.append(type("Changed", (ValueTrainer,), changes)(*args))
+            return made[0]
+        def explained(images, prompts):
+            if not made or not made[0].explained: return {"explained": ""}
+            return {"explained": " ".join(f"{x:.3f}" for x in made[0].explained[-1])}
+        rows += watched(name, make_config("emoji", seed=seed), 256, 4, measure=explained,
+                        kind=kind if changes else None)
     return rows
 
 
@@ -447,21 +454,22 @@ def flow_noise():
     return rows
 
 
-def names_of_cell(
+def names_of_cells(
     notebook: str,
-    part: str,  # of the one cell that is meant
+    *parts: str,  # each of the one cell that is meant
 ) -> dict:
-    "What a chapter's cell defines: its code is there, and is not repeated here."
+    "What cells of a chapter define: their code is there, and is not repeated here."
     cells = json.loads((HERE.parent / notebook).read_text("utf-8"))["cells"]
-    source, = [code for cell in cells if part in (code := "".join(cell["source"]))]
     names = {}
-    exec(source, names)
+    for part in parts:
+        source, = [code for cell in cells if part in (code := "".join(cell["source"]))]
+        exec(source, names)
     return names
 
 
 def guidance():
     "Guidance towards the classifier in place of training, and sampling without it; chapter 11."
-    names, rows = names_of_cell("tutorial/11_results.ipynb", "def guided("), []
+    names, rows = names_of_cells("tutorial/11_results.ipynb", "def guided("), []
     random.seed(0)
     prompts = list(PromptDataset(emoji_common_animal_prompts, 128))
     for strength in ("none", 0.0, 0.3, 1.0, 3.0, 10.0):
@@ -565,9 +573,10 @@ def plans():
 
 
 TABLES = {function.__name__: function for function in (
-    groups, reinforce, steps, gamed, incompressible, draft, dpo_noise, value, hero, right, samplers,
-    flow, flow_noise, guidance, named, processes, backgrounds, evaluations, plans)}
+    groups, reinforce, steps, gamed, incompressible, draft, comparison, dpo_noise, hero, right,
+    samplers, flow, flow_noise, guidance, named, processes, backgrounds, evaluations, plans)}
 TABLES |= {f"comparison{seed}": partial(compare_algorithms, seed) for seed in (0, 1, 2)}
+TABLES |= {f"value{seed}": partial(compare_values, seed) for seed in (0, 1)}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
