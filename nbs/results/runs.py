@@ -3,8 +3,8 @@
 `groups`, `reinforce`, `steps`, `gamed`, `incompressible`, `draft`, `dpo_noise`, `value0`, `value1`
 and `comparison0` to `comparison2` train, and have a line for each look at fresh pictures on the
 way; chapters 12 and 30 have pictures, too. (The seconds of `dpo_noise`, `draft`, `gamed`, `groups`,
-`incompressible`, `reinforce`, `value0` and `value1` are of one thread beside other work.) The others look at what
-commands have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
+`incompressible`, `reinforce`, `value0` and `value1` are of one thread beside other work.) The others
+look at what commands have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
 
     ddpo_train --seed N --name seedN
 
