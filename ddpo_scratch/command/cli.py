@@ -75,8 +75,8 @@ def prepare(
     pipe = load_pipeline(config.pipeline, config.device, frozen_type(config))
     check_run(config, pipe)
     try:
-        reward_fn = make_reward(config.reward, pipe.device, config.scale_rewards)
-        eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
+        reward_fn = make_reward(config.reward, pipe.device, config.scale_rewards, prompt_fn)
+        eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device, prompt_fn)
     except TypeError as error:
         raise ValueError(str(error)) from error
     TRAINERS[config.algorithm].check_rewards(reward_fn, eval_rewards)

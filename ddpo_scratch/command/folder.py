@@ -24,7 +24,13 @@ from filelock import FileLock, Timeout
 from ddpo_scratch.command.flags import read_config
 from ddpo_scratch.models.families import network_of
 from ddpo_scratch.pipelines import EMBEDDED, pipeline_source
-from ddpo_scratch.scorers.names import WeightedSum, find_reward, name_in_a_file, split_weight
+from ddpo_scratch.scorers.names import (
+    WeightedSum,
+    WithFacts,
+    find_reward,
+    name_in_a_file,
+    split_weight,
+)
 from ddpo_scratch.trainer.checkpoints import checkpoints_in, sha256_of, write_file
 from ddpo_scratch.trainer.config import FOLDERS, MAY_CHANGE, TrainerConfig
 from ddpo_scratch.trainer.presets import PROMPTS, REWARDS, PromptFile
@@ -75,6 +81,7 @@ def what_ran(
         thing = thing if hasattr(thing, "__qualname__") else type(thing)
         return f"{thing.__module__}:{thing.__qualname__}"
     def named(reward_fn):
+        if isinstance(reward_fn, WithFacts): reward_fn = reward_fn.reward_fn
         if name := name_in_a_file(reward_fn): return name
         for name in asked:  # names from the flags come first: they may be the library's
             with suppress(ValueError):

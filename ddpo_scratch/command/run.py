@@ -40,7 +40,7 @@ from ddpo_scratch.command.log import Log
 from ddpo_scratch.command.watch import Watch, column_of
 from ddpo_scratch.models.families import family_of, network_of, text_encoders
 from ddpo_scratch.sampling import decoding_fn
-from ddpo_scratch.scorers.names import ask, make_eval_rewards
+from ddpo_scratch.scorers.names import all_informed, ask, make_eval_rewards
 from ddpo_scratch.trainer.checkpoints import (
     Stopped,
     load_checkpoint,
@@ -210,7 +210,9 @@ def run_training(
     On Ctrl-C or SIGTERM, it finishes the batch, saves a checkpoint and raises `Stopped`, which is a
     `KeyboardInterrupt`. On an error other than `Ruined`, it saves a checkpoint and re-raises."""
     check_run(config, pipe)
-    if eval_rewards is None: eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
+    if eval_rewards is None:
+        eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device, prompt_fn)
+    reward_fn, eval_rewards = all_informed(reward_fn, eval_rewards, prompt_fn)
     TRAINERS[config.algorithm].check_rewards(reward_fn, eval_rewards)
     column_of(config.best_by, reward_fn, eval_rewards)
     if config.push_to_hub: from_the_first(lambda: make_repo(config.push_to_hub))

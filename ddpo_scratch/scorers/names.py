@@ -59,7 +59,68 @@ def ask(
     with marking_errors(reward_fn): returned = reward_fn(pictures, list(prompts))
     return check_rewards(returned, prompts, name or reward_name(reward_fn))
 
-# %% ../../nbs/practice/20_sums.ipynb 8
+# %% ../../nbs/practice/20_sums.ipynb 9
+class WithFacts:
+    "A reward of (images, prompts, facts) as one of (images, prompts): facts are looked up."
+
+    def __init__(
+        self,
+        reward_fn: Callable,           # (images, prompts, facts) → one number each
+        facts: Mapping[str, Mapping],  # by prompt
+    ):
+        self.reward_fn, self.facts, self.__name__ = reward_fn, facts, reward_name(reward_fn)
+        self.beside = getattr(reward_fn, "beside", False)
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str]):
+        for prompt in prompts:
+            if prompt not in self.facts:
+                raise ValueError(f"{self.__name__} asks for facts about the prompt {prompt!r}, and "
+                                 "there are none. They stand beside the prompts: --prompts "
+                                 "file.jsonl.")
+        facts = [dict(self.facts[prompt]) for prompt in prompts]
+        with marking_errors(self.reward_fn): return self.reward_fn(images, prompts, facts)
+
+# %% ../../nbs/practice/20_sums.ipynb 10
+def wants_facts(
+    reward_fn: Callable,
+) -> bool:
+    "Whether it has to be called with a third argument."
+    def takes(count):
+        try: signature.bind(*[None] * count)
+        except TypeError: return False
+        return True
+    try:
+        signature = inspect.signature(getattr(reward_fn, "forward", reward_fn))
+    except (TypeError, ValueError):  # cannot be called, or does not say how
+        return False
+    return takes(3) and not takes(2)
+
+
+def informed(
+    reward_fn: Callable,
+    prompt_fn: Callable[[], str],  # its `facts`, if it has any, are those of its prompts
+) -> Callable:
+    "The reward, with the prompts' facts where it asks for them. `ValueError` if there are none."
+    if not wants_facts(reward_fn): return reward_fn
+    facts = getattr(prompt_fn, "facts", None)
+    if not facts:
+        raise ValueError(f"the reward {reward_name(reward_fn)} has three arguments, and so wants "
+                         "facts about the prompts, of which there are none: give a .jsonl file "
+                         "with them, --prompts file.jsonl.")
+    return WithFacts(reward_fn, facts)
+
+
+def all_informed(
+    reward_fn: Callable,
+    eval_rewards: Mapping[str, Callable],
+    prompt_fn: Callable[[], str],
+) -> tuple[Callable, Mapping[str, Callable]]:
+    "`informed` for all rewards of a run."
+    if isinstance(eval_rewards, Mapping):
+        eval_rewards = {name: informed(fn, prompt_fn) for name, fn in eval_rewards.items()}
+    return informed(reward_fn, prompt_fn), eval_rewards
+
+# %% ../../nbs/practice/20_sums.ipynb 11
 def check_weight(
     name: str,  # of a reward in a sum
     weight: float,
@@ -71,7 +132,7 @@ def check_weight(
         raise ValueError(f"the weight of {name} must not be 0, and lie between -1e9 and 1e9; it is "
                          f"{weight!r}.")
 
-# %% ../../nbs/practice/20_sums.ipynb 9
+# %% ../../nbs/practice/20_sums.ipynb 12
 class WeightedSum:
     """A reward: the weighted sum of several rewards, each standardized.
 
@@ -120,7 +181,7 @@ class WeightedSum:
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> torch.Tensor:
         return self.total(self.parts(images, prompts))
 
-# %% ../../nbs/practice/20_sums.ipynb 13
+# %% ../../nbs/practice/20_sums.ipynb 16
 FROM_FILES = "rewards_of_"  # how the names of modules from files begin
 
 
@@ -179,7 +240,7 @@ def find_reward(
                          + (f" Did you mean {near[0]!r}?" if near else ""))
     return getattr(module, attribute)
 
-# %% ../../nbs/practice/20_sums.ipynb 14
+# %% ../../nbs/practice/20_sums.ipynb 17
 def split_weight(
     part: str,         # animal, animal:2, rewards.py:redness, rewards.py:redness:0.5
 ) -> tuple[str, str]:  # the reward's name, and its weight, "1" where none is given
@@ -213,10 +274,11 @@ def reward_weights(
         check_weight(reward, weights[reward])
     return weights
 
-# %% ../../nbs/practice/20_sums.ipynb 15
+# %% ../../nbs/practice/20_sums.ipynb 18
 def make_rewards(
     names: list[str],                    # as for `find_reward`
     device: str | torch.device | None,   # for rewards that have weights
+    prompt_fn: Callable | None = None,   # for rewards that want facts about its prompts
 ) -> dict[str, Callable]:                # by name, without file or module
     "Find each reward, or make it if it is a class. `ValueError` if two have the same short name."
     rewards = {}
@@ -230,6 +292,7 @@ def make_rewards(
                 raise ValueError(f"the reward {name!r} is a class that cannot be made without "
                                  f"arguments ({error}): name an object of it.") from error
             made = made(**options)
+        made = informed(made, prompt_fn)
         check_reward_fn(made)
         if short in rewards:
             raise ValueError(f"two rewards are called {short!r}: rename one.")
@@ -264,15 +327,16 @@ def name_in_a_file(
                 if value is thing: return f"{module.__file__}:{attribute}"
     return None
 
-# %% ../../nbs/practice/20_sums.ipynb 16
+# %% ../../nbs/practice/20_sums.ipynb 19
 def make_reward(
     name: str,                                 # as for `reward_weights`
     device: str | torch.device | None = None,  # for rewards that have weights
     scaled: bool = True,                       # whether a sum standardizes its parts
+    prompt_fn: Callable | None = None,         # for rewards that want facts about its prompts
 ) -> Callable:                                 # reward_fn(images, prompts) → [B]
     "Make the reward called `name`, or the `WeightedSum` that it describes."
     weights = reward_weights(name)
-    rewards = make_rewards(list(weights), device)
+    rewards = make_rewards(list(weights), device, prompt_fn)
     if ":".join(map(str.strip, name.split(":"))) in weights:  # one, without a weight
         return rewards.popitem()[1]
     return WeightedSum(rewards, dict(zip(rewards, weights.values())), scaled)
@@ -281,9 +345,10 @@ def make_reward(
 def make_eval_rewards(
     names: str | None,                         # separated by commas; None: none
     device: str | torch.device | None = None,  # for rewards that have weights
+    prompt_fn: Callable | None = None,         # for rewards that want facts about its prompts
 ) -> dict[str, Callable]:
     "Rewards for evaluation only, by name. `ValueError` if one has a weight."
     names = reward_weights(names) if names else {}
     if set(names.values()) - {1.0}:
         raise ValueError("eval_rewards are watched one by one, not added: leave out the weights.")
-    return make_rewards(list(names), device)
+    return make_rewards(list(names), device, prompt_fn)

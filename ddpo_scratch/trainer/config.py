@@ -206,7 +206,7 @@ class TrainerConfig(DDPOConfig):
         "CompVis/stable-diffusion-v1-4", "task", "'emoji', 'emoji_flow', a folder, or a hub id",
         is_name)
     prompts: str = setting(
-        "imagenet_animal_prompts", "task", "a known name, or a text file with a prompt a line",
+        "imagenet_animal_prompts", "task", "a known name, a text file, or a .jsonl file with facts",
         is_name)
     reward: str = setting(
         "aesthetic", "task",
@@ -222,7 +222,7 @@ class TrainerConfig(DDPOConfig):
     timestep_fraction: float = setting(
         1.0, "work", "share of the steps that is trained, the noisiest first", check_fraction)
     which_steps: str | None = setting(
-        None, "work", "the steps that are trained, in place of a fraction: 0,3,6",
+        None, "work", "steps that are trained, in place of a fraction: 0,3,6",
         or_none(check_which_steps))
     num_eval_samples: int = setting(
         128, "work", "fresh images that judge the model before and after training", check_count)

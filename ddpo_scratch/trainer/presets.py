@@ -3,6 +3,7 @@
 
 # %% ../../nbs/practice/14_config.ipynb 16
 import difflib
+import json
 import os
 import random
 from collections.abc import Callable
@@ -20,23 +21,45 @@ from ddpo_scratch.trainer.config import LORA_TARGETS, TrainerConfig
 
 # %% ../../nbs/practice/14_config.ipynb 17
 class PromptFile:
-    "Draws prompts from a text file, one per line; skips blank lines and those that begin with #."
+    """Draws prompts from a text file, one per line; skips blank lines and those that begin with #.
+
+    In a `.jsonl` file each line is an object with a `prompt`; what else it has are the facts about
+    this prompt, which a reward may ask for."""
 
     def __init__(
         self,
         path: str | os.PathLike,  # UTF-8
     ):
-        self.path = Path(path)
+        self.path, self.facts = Path(path), {}  # by prompt
         try:
             lines = self.path.read_text(encoding="utf-8-sig").split("\n")  # of \r\n and \r, too
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"the prompts in {str(path)!r} cannot be read: {error}. A text file "
                              "with one prompt a line is wanted.") from error
-        stripped = (line.strip() for line in lines)
-        self.prompts = tuple(line for line in stripped if line and not line.startswith("#"))
+        numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
+        numbered = [(number, line) for number, line in numbered if line and line[0] != "#"]
+        if self.path.suffix == ".jsonl":
+            self.prompts = tuple(self.prompt_with_facts(*pair) for pair in numbered)
+        else:
+            self.prompts = tuple(line for _, line in numbered)
         if not self.prompts:
             raise ValueError(f"there is no prompt in {str(path)!r}: one a line is wanted; blank "
                              "lines and lines that begin with # do not count.")
+
+    def prompt_with_facts(self, number: int, line: str) -> str:
+        "The prompt of a line of JSON; keeps its facts. `ValueError` if it contradicts another."
+        place = f"{str(self.path)!r}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{place} is not JSON: {error}.") from error
+        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+            raise ValueError(f"{place} must be an object with a prompt, a string: {line[:100]!r}.")
+        prompt = row.pop("prompt")
+        if self.facts.setdefault(prompt, row) != row:
+            raise ValueError(f"{place}: the prompt {prompt!r} has other facts there than before. "
+                             "The model sees the prompt alone, so there is one row for each.")
+        return prompt
 
     def __call__(self) -> str:
         return random.choice(self.prompts)

@@ -24,7 +24,7 @@ from ..checks import check_reward_fn
 from ..models.flow import warn_of_much_noise
 from ..pipelines import is_flow
 from ..prompts import PromptDataset
-from ..scorers.names import WeightedSum
+from ..scorers.names import WeightedSum, all_informed
 from ..stat_tracker import PerPromptStatTracker
 from .checkpoints import random_states
 from .config import TrainerConfig, check_installed
@@ -231,6 +231,7 @@ class Trainer:
         if config.algorithm != self.algorithm:
             raise ValueError(f"config.algorithm is {config.algorithm!r}, and a "
                              f"{type(self).__name__} is for {self.algorithm!r}.")
+        reward_fn, eval_rewards = all_informed(reward_fn, eval_rewards, prompt_fn)
         self.check_rewards(reward_fn, eval_rewards)
         self.config, self.pipe, self.reward_fn = config, pipe, reward_fn
         self.eval_rewards, self.policy = eval_rewards, policy_of(config, pipe)

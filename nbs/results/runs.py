@@ -1,10 +1,10 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
-`groups`, `reinforce`, `steps`, `gamed`, `incompressible`, `draft`, `dpo_noise`, `value0`, `value1`
-and `comparison0` to `comparison2` train, and have a line for each look at fresh pictures on the
-way; chapters 12 and 30 have pictures, too. (The seconds of `dpo_noise`, `draft`, `gamed`, `groups`,
-`incompressible`, `reinforce`, `value0` and `value1` are of one thread beside other work.) The others
-look at what commands have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
+`groups`, `reinforce`, `steps`, `gamed`, `incompressible`, `draft`, `dpo_noise`, `comparison0` to
+`comparison2`, `value0`, `value1`, `flow_training0` and `flow_training1` train, and have a line for
+each look at fresh pictures on the way; chapters 12 and 30 have pictures, too. (Seconds are of one
+thread beside other work, but for `steps` and the comparisons.) The others look at what commands
+have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
 
     ddpo_train --seed N --name seedN
 
@@ -438,6 +438,19 @@ FLOW_NOISES = {  # algorithm nft takes eta 0, and does not train here
     "sde, a = 0.7, steps 0 to 3": dict(eta=0.7, timestep_fraction=0.5, mixed_sampling=True)}
 
 
+FLOWS = {
+    "sde": dict(eta=0.7), "cps": dict(eta=0.7, flow_sampler="cps", which_steps="0,1,2,3,4,5",
+                                      timestep_fraction=1.0),
+    "noise in steps 0 to 3": dict(eta=0.7, timestep_fraction=0.5, mixed_sampling=True),
+    "nft": dict(algorithm="nft", eta=0.0)}
+
+
+def flow_training(seed: int):
+    "Ways of training the flow model, seven minutes of one thread each; chapter 22."
+    return [row for name, changes in FLOWS.items() for row in watched(name, make_config(
+        "emoji", pipeline="emoji_flow", seed=seed, **changes), 256, 4)]
+
+
 def flow_noise():
     "The untrained flow model in eight steps, by ways of adding noise; chapter 22."
     rows, pipe = [], load_pipeline("emoji_flow", "cpu")
@@ -576,7 +589,8 @@ TABLES = {function.__name__: function for function in (
     groups, reinforce, steps, gamed, incompressible, draft, comparison, dpo_noise, hero, right,
     samplers, flow, flow_noise, guidance, named, processes, backgrounds, evaluations, plans)}
 TABLES |= {f"comparison{seed}": partial(compare_algorithms, seed) for seed in (0, 1, 2)}
-TABLES |= {f"value{seed}": partial(compare_values, seed) for seed in (0, 1)}
+TABLES |= {f"{name}{seed}": partial(function, seed) for seed in (0, 1) for name, function in (
+    ("value", compare_values), ("flow_training", flow_training))}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
