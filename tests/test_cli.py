@@ -37,7 +37,7 @@ from ddpo_scratch.command.plan import make_plan
 from ddpo_scratch.command.run import plain_reward, run_training
 from ddpo_scratch.prompts import emoji_animal_prompts
 from ddpo_scratch.rewards import JPEGCompressibility
-from ddpo_scratch.scorers.names import WeightedSum, WithFacts, make_reward
+from ddpo_scratch.scorers.names import WeightedSum, WithFacts, informed, make_reward
 from ddpo_scratch.trainer.checkpoints import write_file
 from ddpo_scratch.trainer.config import GROUPS, TrainerConfig, help_of
 from ddpo_scratch.trainer.lora import LORA_TARGETS
@@ -497,6 +497,12 @@ def count(images, prompts, facts):
     assert wrong is None, wrong
     rows = list(csv.DictReader((tmp_path / "runs" / "x" / "metrics.csv").open()))
     assert all(3 <= float(row["reward_count"]) == float(row["eval_count"]) <= 7 for row in rows)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a fox", "count": 4}')
+    wrong = called(tmp_path, "--resume=runs/x", "--num_epochs=3")[1]
+    assert "began with other prompts than the file has now" in wrong
+    wrong = called(tmp_path, *settings, "--best_by=beauty", "--eval_every=1")[1]
+    assert "best_by 'beauty' is no score of this run, which has count, reward" in wrong
+    assert "Nothing was written" in wrong
     wrong = called(tmp_path, *settings, "--prompts=emoji_animal_prompts")[1]
     assert "the reward count has three arguments, and so wants facts" in wrong
     assert "--prompts file.jsonl" in wrong and "Nothing was written" in wrong
@@ -505,6 +511,7 @@ def count(images, prompts, facts):
 def test_facts_from_python():
     "The prompt function has them, or the reward is given them."
     def count(images, prompts, facts): return [fact["count"] for fact in facts]
+    def either(images, prompts, facts=None): return [2.0 if facts is None else facts[0]["count"]]
     def prompts(): return "a fox"
     config = make_config("emoji", **SMALL | dict(num_epochs=1, eval_rewards=None))
     with pytest.raises(ValueError, match="wants facts about the prompts, of which there are none"):
@@ -514,8 +521,22 @@ def test_facts_from_python():
         prompts.facts = known if reward_fn is count else {}
         row, = train(config, twin("sd2"), prompts, reward_fn)
         assert row["reward_mean"] == 2
+    with pytest.raises(ValueError, match=r"put WithFacts\(count, facts\) in its place"):
+        WeightedSum({"count": count}, {"count": 1.0})
+    image = np.zeros((1, 8, 8, 3), np.uint8)
+    for facts, expected in (({}, 2.0), ({"a fox": {"count": 7}}, 7)):
+        prompts.facts = facts
+        assert informed(either, prompts)(image, ["a fox"]) == [expected]
+    asked = []
+    class Smooth:
+        def __call__(self, images, prompts, facts): return [0.0] * len(prompts)
+        def differentiable(self, images, prompts, facts):
+            asked.append(facts)
+            return images.mean((1, 2, 3))
+    WithFacts(Smooth(), known).differentiable(torch.zeros(1, 3, 8, 8), ["a fox"])
+    assert asked == [[{"count": 2}]]
     with pytest.raises(ValueError, match="count asks for facts about the prompt 'an owl'"):
-        WithFacts(count, known)(np.zeros((1, 8, 8, 3), np.uint8), ["an owl"])
+        WithFacts(count, known)(image, ["an owl"])
 
 
 def test_a_file_is_known_by_path_and_content(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 from functools import partial
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -73,15 +74,54 @@ def test_the_best_is_kept_and_a_run_that_gets_no_better_ends(tmp_path, capfd):
     best = tmp_path / "x" / "checkpoints" / "best" / "pipeline" / "evaluation.json"
     assert json.loads(best.read_text("utf-8"))["epoch"] == 3
     said = capfd.readouterr().out
-    assert "best after epoch 3: mark 5.0000, in checkpoints/best; in the end mark 5.0000" in said
+    assert "after epoch 3 of 5: mark 5.0000, in the end mark 5.0000" in said
+    assert f"the best weights are in {tmp_path / 'x' / 'checkpoints' / 'best'}" in said
     assert sorted(path.name for path in (tmp_path / "x" / "evaluations").iterdir()) == [
         f"{epoch:05d}.png" for epoch in range(1, 6)]
-    with pytest.raises(ValueError, match="more than 8 --num_epochs or another --patience"):
+    with pytest.raises(ValueError, match="its end, after 5 epochs. .*give it another --patience"):
         run(config, twin("sd2"), folder=tmp_path / "x", eval_rewards={"mark": mark}, resume=True)
     marks = iter([6.0, 7.0, 8.0])
     run(replace(config, patience=0), twin("sd2"), folder=tmp_path / "x",
         eval_rewards={"mark": mark}, resume=True)
     assert [row["epoch"] for row in rows_of(tmp_path / "x")] == [*"012345678"]
+    with pytest.raises(ValueError, match="its end, after 8 epochs. .*more: --num_epochs"):
+        run(replace(config, patience=7), twin("sd2"), folder=tmp_path / "x",
+            eval_rewards={"mark": mark}, resume=True)
+
+
+def test_a_run_that_has_ended_stays_ended(tmp_path):
+    "Its last evaluation is the limit, and then the disk is full: it goes on with what is left."
+    marks, config = iter([3.0, 2.0, 1.0]), make_config("emoji", **WATCHED, best_by="mark",
+                                                       patience=2)
+    def mark(images, prompts):
+        return np.full(len(prompts), next(marks) if len(prompts) == 2 else 0.0)
+    def run(**others):
+        run_training(config, twin("sd2"), emoji_animal_prompts, redness, tmp_path / "x",
+                     eval_rewards={"mark": mark}, **others)
+    full = patch("ddpo_scratch.command.run.evaluate_after", side_effect=OSError("no space"))
+    with full, pytest.raises(OSError, match="no space"): run()
+    marks = iter([0.5])  # of the final evaluation, which is done again
+    run(resume=True)
+    assert [row["epoch"] for row in rows_of(tmp_path / "x")] == [*"012"]
+    assert not (tmp_path / "x" / "checkpoints" / "best").exists()  # none was better than before
+
+
+def test_an_evaluation_that_failed_is_made_up(tmp_path):
+    "The server was gone for a while. The last epoch is evaluated, whatever eval_every is."
+    config, gone = make_config("emoji", **WATCHED | dict(num_epochs=5, eval_every=2)), []
+    def reward(images, prompts):
+        if len(prompts) == 2 and gone and gone.pop(): raise OSError("no route")
+        return redness(images, prompts)
+    def run(name, **others):
+        run_training(config, twin("sd2"), emoji_animal_prompts, reward, tmp_path / name,
+                     eval_rewards={}, **others)
+    run("x")
+    gone += [True, False, False]  # before: the reward, and that of pipe(prompt); then after epoch 2
+    with pytest.raises(OSError, match="no route"): run("y")
+    assert not (tmp_path / "y" / "evaluations.csv").exists()
+    run("y", resume=True)
+    assert rows_of(tmp_path / "y") == rows_of(tmp_path / "x")
+    assert [row["epoch"] for row in rows_of(tmp_path / "x")] == [*"0245"]
 
 
 @pytest.mark.parametrize("changes", ({"ema_decay": 0.9}, {"lora_rank": 2, "lr": 1e-2}))
@@ -112,10 +152,10 @@ def test_what_was_evaluated_is_what_was_kept(changes, tmp_path):
 
 
 def test_which_score_is_the_best_by(tmp_path):
-    "The reward, a part of a sum, or one that is watched; another is refused before anything runs."
-    both = WeightedSum({"size": JPEGCompressibility(), "red": redness}, {"size": 1.0, "red": -2.0})
-    assert [column_of(name, both, {"mark": redness}) for name in ("reward", "red", "mark")] == [
-        "reward", "reward_red", "eval_mark"]
+    "The reward, or one that is watched; another is refused before anything runs."
+    assert [column_of(name, ["mark", "file.py:other"]) for name in (
+        "reward", "mark", "other", "file.py:other")] == [
+            "reward", "eval_mark", "eval_other", "eval_other"]
     config = make_config("emoji", **WATCHED, best_by="beauty")
     with pytest.raises(ValueError, match="best_by 'beauty' is no score .* mark, reward"):
         run_training(config, twin("sd2"), emoji_animal_prompts, redness, tmp_path / "x",

@@ -87,9 +87,13 @@ def test_prompts_with_facts(tmp_path):
     assert found.facts == {"three apples": {"count": 3}, "a fox": {}}
     for line, match in (("{", "line 6 is not JSON"), ('["a fox"]', "line 6 must be an object"),
                         ('{"text": "a fox"}', "with a prompt, a string"),
+                        ('{"prompt": " "}', "with a prompt, a string"),
                         ('{"prompt": 7}', "with a prompt, a string"),
                         ('{"prompt": "a fox", "count": 1}', "line 6: .* 'a fox' has other facts")):
         with pytest.raises(ValueError, match=match): read(*rows, line)
+    (tmp_path / "prompts.json").write_text('{"prompt": "a fox"}')
+    with pytest.raises(ValueError, match="lines of JSON: call the file prompts.jsonl"):
+        PromptFile(tmp_path / "prompts.json")
 
 
 def test_prompt_dataset():
