@@ -20,6 +20,7 @@ from .flags import parse
 from .folder import check_run_name, kept, run_folder
 from .plan import all_rewards, make_plan, plan_text
 from .run import TRAINERS, run_training
+from .watch import column_of
 from ..pipelines import load_pipeline
 from ..rewards import Scorer
 from ddpo_scratch.scorers.names import (
@@ -66,6 +67,7 @@ def prepare(
     check_prompts(config, prompt_fn)
     from_the_first(lambda: check_run_name(name, runs))
     for reward in all_rewards(config): file_of(reward)
+    column_of(config.best_by, config.eval_rewards.split(",") if config.eval_rewards else ())
     if only_plan:  # before any reward file is executed
         print_once(plan_text(config, make_plan(config)))
         sys.exit()

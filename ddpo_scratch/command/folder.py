@@ -121,10 +121,13 @@ def check_resumable(
         if not checkpoints_in(folder / "checkpoints"):
             raise ValueError(f"the run in {folder} has come to its end, and has no checkpoint to "
                              "go on from. Results are never written over.")
-        if (config.num_epochs, config.patience) == (begun.num_epochs, begun.patience):
-            raise ValueError(f"the run in {folder} has come to its end. To go on, give it more "
-                             f"than {begun.num_epochs} --num_epochs"
-                             + " or another --patience" * (begun.patience > 0) + ".")
+        done = int(checkpoints_in(folder / "checkpoints")[-1].name[:5])
+        early = done < begun.num_epochs  # by patience
+        if config.num_epochs == begun.num_epochs and not (
+                early and config.patience != begun.patience):
+            more = "another --patience" if early else "more: --num_epochs"
+            raise ValueError(f"the run in {folder} has come to its end, after {done} epochs. To go "
+                             f"on, give it {more}.")
     check_unchanged(config, begun, folder)
 
 
@@ -177,9 +180,11 @@ def fingerprint(
 def sources(
     config: TrainerConfig,
     pipe: DiffusionPipeline,  # untrained
+    prompt_fn: Callable,
 ) -> dict[str, str]:  # SHA-256, by name
-    "What a run begins with, and a resumed one has to find again: weights, a list of preferences."
+    "What a run begins with, and a resumed one has to find again: weights and files."
     found = {"untrained_unet": fingerprint(network_of(pipe))}
+    if isinstance(prompt_fn, PromptFile): found["prompts"] = sha256_of(prompt_fn.path)
     if config.preferences:
         found["preferences"] = sha256_of(Path(config.preferences) / "preferences.jsonl")
     return found
@@ -191,17 +196,18 @@ def check_sources(
 ) -> None:
     "`ValueError` if the run began with others."
     try:
-        saved = yaml.safe_load((folder / "versions.yaml").read_text("utf-8"))
-        begun = {name: saved[name] for name in found}
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError) as error:
-        raise ValueError(f"{folder / 'versions.yaml'} is damaged: it does not say what the run "
-                         f"began with ({', '.join(found)}).") from error
-    if begun["untrained_unet"] != found["untrained_unet"]:
+        begun = dict(yaml.safe_load((folder / "versions.yaml").read_text("utf-8")))
+        base = begun["untrained_unet"]
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / 'versions.yaml'} is damaged: it does not say which weights "
+                         "the run began with (untrained_unet).") from error
+    if base != found["untrained_unet"]:
         raise ValueError(f"the run in {folder} began with other weights than the pipeline has now. "
                          "Perhaps it has been trained since: load it again.")
-    if begun != found:
-        raise ValueError(f"the run in {folder} began with other preferences than its folder has "
-                         "now: restore the file preferences.jsonl, or begin a new run.")
+    for name, now in found.items():
+        if begun.get(name, now) != now:  # older runs do not say
+            raise ValueError(f"the run in {folder} began with other {name} than the file has now: "
+                             "restore it, or begin a new run.")
 
 
 def as_yaml(values: dict) -> str:

@@ -283,7 +283,7 @@ def plan_text(
         lines.append(f"  {card:16} {duration(epoch)}  {duration(epoch * config.num_epochs)}{fits}")
     more = " Compiled blocks take more memory than this." if config.compile else ""
     return "\n".join([*lines, "", "All this is computed, not measured. What rewards compute is not "
-                      "counted, nor are the evaluations before and after." + more])
+                      "counted, nor are evaluations." + more])
 
 
 def without_what(config: TrainerConfig) -> str:

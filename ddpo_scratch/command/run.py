@@ -51,7 +51,7 @@ from ddpo_scratch.trainer.checkpoints import (
     stop_after_a_batch,
     write_file,
 )
-from ddpo_scratch.trainer.config import MAY_CHANGE, TrainerConfig
+from ddpo_scratch.trainer.config import TrainerConfig, group_of
 from ddpo_scratch.trainer.ddpo import DDPOTrainer
 from ddpo_scratch.trainer.draft import DRaFTTrainer
 from ddpo_scratch.trainer.evaluation import all_scores, evaluate, fresh_prompts, no_reward, verdict
@@ -162,7 +162,7 @@ def evaluate_after(
               f"{', which was not trained on' if name.startswith('eval_') else ''}: "
               f"{before[name].mean():.4f} before, {after[name].mean():.4f} after"
               for name in before if name != "reward"]
-    if remark := watch.summary(after): lines.append(remark)
+    if remark := watch.summary(): lines.append(remark)
     plain = plain_reward(config, pipe, prompts, reward_fn)
     usual = inspect.signature(pipe.__call__).parameters
     steps, guidance = (usual[name].default for name in ("num_inference_steps", "guidance_scale"))
@@ -214,7 +214,7 @@ def run_training(
         eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device, prompt_fn)
     reward_fn, eval_rewards = all_informed(reward_fn, eval_rewards, prompt_fn)
     TRAINERS[config.algorithm].check_rewards(reward_fn, eval_rewards)
-    column_of(config.best_by, reward_fn, eval_rewards)
+    column_of(config.best_by, eval_rewards)
     if config.push_to_hub: from_the_first(lambda: make_repo(config.push_to_hub))
     folder = Path(folder)
     config = what_ran(config, pipe, prompt_fn, reward_fn, eval_rewards)
@@ -222,17 +222,18 @@ def run_training(
     if resume:
         check_resumable(config, folder)
         checkpoint = from_the_first(lambda: newest_intact(folder / "checkpoints"))
-    begun_with = sources(config, pipe)
+    begun_with = sources(config, pipe, prompt_fn)
+    if (folder / "versions.yaml").exists(): check_sources(begun_with, folder)
     with unfinished_until_the_end(folder, resume):
-        if (folder / "versions.yaml").exists(): check_sources(begun_with, folder)
-        else: write_file(folder / "versions.yaml", as_yaml(versions() | begun_with))
+        if not (folder / "versions.yaml").exists():
+            write_file(folder / "versions.yaml", as_yaml(versions() | begun_with))
         if not resume: write_file(folder / "config.yaml", as_yaml(asdict(config)))
         state = TrainingState(config, pipe)
         if checkpoint:
             run = load_checkpoint(checkpoint, pipe, state)
             check_unchanged(config, TrainerConfig(**run["config"]), folder)
             changed = {name for name, *_ in differences(TrainerConfig(**run["config"]), config)}
-            if changed & {*MAY_CHANGE}:  # it is measured again
+            if any(group_of(name) == "machine" for name in changed):  # it is measured again
                 state.micro_batch_size = config.micro_batch_size
             print_once(f"going on from {checkpoint}")
         if resume:
@@ -263,7 +264,13 @@ def run_training(
             try:
                 trainer = TRAINERS[config.algorithm](
                     config, pipe, prompt_fn, reward_fn, eval_rewards, state)
-                trainer.train(on_epoch, on_batch)
+                done = len(state.history)  # its evaluation may be missing, or have been the last
+                if done and not state.rollout.updates and watch.after(done, state):
+                    print_once(f"{watch.waited} evaluations were no better: a larger --patience, "
+                               "or 0, goes on")
+                    if state.average: state.average.copy_to(state.weights)
+                else:
+                    trainer.train(on_epoch, on_batch)
             except Stopped:
                 save()
                 raise
@@ -286,5 +293,6 @@ def run_training(
     if not has_adapter:
         pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # its source from now on
     print_once(f"curve, pictures and what was trained are in {folder}")
+    if watch.place.exists(): print_once(f"the best weights are in {watch.place}")
     if config.push_to_hub:
         print_once(f"uploaded: {from_the_first(lambda: upload(folder, config.push_to_hub))}")

@@ -4,7 +4,7 @@
 # %% ../../nbs/practice/19_evaluation.ipynb 10
 "Evaluation during training: the best weights are kept, and a run that gets no better ends."
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -13,27 +13,24 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ddpo_scratch.command.figures import csv_text, save_pictures
-from ddpo_scratch.scorers.names import WeightedSum
 from ddpo_scratch.trainer.checkpoints import in_place, save_trained, write_file
 from ddpo_scratch.trainer.config import TrainerConfig
 from ddpo_scratch.trainer.evaluation import all_scores
-from ddpo_scratch.trainer.processes import print_once
+from ddpo_scratch.trainer.processes import print_once, processes
 from ddpo_scratch.trainer.trainer import TrainingState
 
 # %% ../../nbs/practice/19_evaluation.ipynb 11
 def column_of(
-    name: str,                             # as `best_by` has it
-    reward_fn: Callable,
-    eval_rewards: Mapping[str, Callable],  # by name
-) -> str:                                  # as `all_scores` has it
+    name: str,              # as `best_by` has it
+    others: Iterable[str],  # names of the evaluation rewards
+) -> str:                   # as `all_scores` has it
     "The column of a score. `ValueError` with the known names if there is none."
-    parts = reward_fn.rewards if isinstance(reward_fn, WeightedSum) else {}
-    known = {**{part: f"reward_{part}" for part in parts},
-             **{other: f"eval_{other}" for other in eval_rewards}, "reward": "reward"}
-    if name not in known:
+    known = {other.rpartition(":")[2]: f"eval_{other.rpartition(':')[2]}" for other in others}
+    known["reward"], short = "reward", name.rpartition(":")[2]
+    if short not in known:
         raise ValueError(f"best_by {name!r} is no score of this run, which has "
                          f"{', '.join(sorted(known))}. More can be named in eval_rewards.")
-    return known[name]
+    return known[short]
 
 # %% ../../nbs/practice/19_evaluation.ipynb 12
 class Watch:
@@ -49,7 +46,7 @@ class Watch:
         run: dict,     # from `evaluate_before`; its "evaluations" are those so far
     ):
         self.config, self.pipe, self.folder, self.prompts = config, pipe, folder, run["prompts"]
-        self.column = column_of(config.best_by, reward_fn, eval_rewards)
+        self.column = column_of(config.best_by, eval_rewards)
         self.scored = partial(all_scores, config, pipe, self.prompts, reward_fn, eval_rewards)
         self.rows, self.newest = run.setdefault("evaluations", []), (0, None, None)
         if not self.rows: self.rows.append(self.means(0, run["before"]))
@@ -64,32 +61,46 @@ class Watch:
         return max(self.rows, key=lambda row: row[self.column])
 
     def after(self, epoch: int, state: TrainingState) -> bool:
-        "Evaluate, if it is time; whether the run should end here."
-        if not self.config.eval_every or epoch % self.config.eval_every: return False
+        "Evaluate, if it is time and has not been done; whether the run should end here."
+        config = self.config
+        if not config.eval_every or (epoch % config.eval_every and epoch < config.num_epochs):
+            return False
+        if self.rows[-1]["epoch"] < epoch: self.look(epoch, state)
+        return 0 < config.patience <= self.waited
+
+    @property
+    def waited(self) -> int:
+        "How many evaluations there have been since the best."
+        return len(self.rows) - 1 - self.rows.index(self.best)
+
+    def look(self, epoch: int, state: TrainingState) -> None:
+        "Evaluate, and keep the weights if they are the best so far."
         with in_place(state.average, state.weights):
             self.newest = epoch, *self.scored()
-            self.rows.append(self.means(epoch, self.newest[2]))
-            if self.best is self.rows[-1]: self.keep()
+            row = self.means(epoch, self.newest[2])
+            if row[self.column] > self.best[self.column]: self.keep(row)
+        self.rows.append(row)
         write_file(self.folder / "evaluations.csv", csv_text(self.rows))
-        (self.folder / "evaluations").mkdir(exist_ok=True)
-        save_pictures(self.folder / "evaluations" / f"{epoch:05d}.png", self.prompts,
-                      self.newest[1], self.newest[2]["reward"])
-        waited = len(self.rows) - 1 - self.rows.index(self.best)
-        best = f"best after epoch {self.best['epoch']}" if waited else "the best so far"
-        print_once(f"evaluation after epoch {epoch}: {self.told(self.rows[-1])}, {best}")
-        return 0 < self.config.patience <= waited
+        pictures = self.folder / "evaluations" / f"{epoch:05d}.png"
+        if processes().is_main_process: pictures.parent.mkdir(exist_ok=True)
+        save_pictures(pictures, self.prompts, self.newest[1], self.newest[2]["reward"])
+        best = f"best after epoch {self.best['epoch']}" if self.waited else "the best so far"
+        print_once(f"evaluation after epoch {epoch}: {self.told(row)}, {best}")
 
     def new(self, epoch: int) -> dict[str, float]:
         "The means of the evaluation after this epoch, if there was one."
         row = self.rows[-1]
         return {name: row[name] for name in row if name != "epoch"} if row["epoch"] == epoch else {}
 
-    def keep(self) -> None:
+    @property
+    def place(self) -> Path:
+        "Where the best weights are."
+        return self.folder / "checkpoints" / "best"
+
+    def keep(self, row: dict) -> None:
         "Save the weights as they are as the best."
-        path = self.folder / "checkpoints" / "best"
-        path.mkdir(parents=True, exist_ok=True)
-        save_trained(self.pipe, path, {
-            "evaluation.json": json.dumps(self.rows[-1], indent=1).encode()})
+        if processes().is_main_process: self.place.mkdir(parents=True, exist_ok=True)
+        save_trained(self.pipe, self.place, {"evaluation.json": json.dumps(row, indent=1).encode()})
 
     def told(self, row: dict) -> str:
         return f"{self.config.best_by} {row[self.column]:.4f}"
@@ -98,11 +109,11 @@ class Watch:
         "Images and scores after the last epoch, which may have been evaluated already."
         return self.newest[1:] if self.newest[0] == epoch else self.scored()
 
-    def summary(self, scores: dict[str, torch.Tensor]) -> str:
-        "A sentence about the best evaluation, and the last; empty if there were none on the way."
+    def summary(self) -> str:
+        "A sentence about the best evaluation; empty if there were none on the way."
         if len(self.rows) < 2: return ""
-        best, last = self.best, self.means(0, scores)
+        best, last = self.best, self.rows[-1]
         if best is self.rows[0]:
-            return f"no evaluation was better than the untrained model's ({self.told(best)})"
-        return (f"best after epoch {best['epoch']}: {self.told(best)}, in checkpoints/best; in the "
-                f"end {self.told(last)}")
+            return f"no evaluation was better than the untrained model's: {self.told(best)}"
+        return (f"the best evaluation was after epoch {best['epoch']} of {last['epoch']}: "
+                f"{self.told(best)}, in the end {self.told(last)}")

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -70,21 +70,27 @@ class WithFacts:
     ):
         self.reward_fn, self.facts, self.__name__ = reward_fn, facts, reward_name(reward_fn)
         self.beside = getattr(reward_fn, "beside", False)
+        if hasattr(reward_fn, "differentiable"):  # for algorithm draft
+            self.differentiable = partial(self.asked, reward_fn.differentiable)
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str]):
+        return self.asked(self.reward_fn, images, prompts)
+
+    def asked(self, function: Callable, images, prompts: Sequence[str]):
+        "What it returns for these images, prompts, and their facts."
         for prompt in prompts:
             if prompt not in self.facts:
                 raise ValueError(f"{self.__name__} asks for facts about the prompt {prompt!r}, and "
                                  "there are none. They stand beside the prompts: --prompts "
                                  "file.jsonl.")
         facts = [dict(self.facts[prompt]) for prompt in prompts]
-        with marking_errors(self.reward_fn): return self.reward_fn(images, prompts, facts)
+        with marking_errors(self.reward_fn): return function(images, prompts, facts)
 
 # %% ../../nbs/practice/20_sums.ipynb 10
-def wants_facts(
+def facts_wanted(
     reward_fn: Callable,
-) -> bool:
-    "Whether it has to be called with a third argument."
+) -> str:
+    "Whether facts are its third argument: \"no\", \"yes\", or \"if there are any\" for facts=None."
     def takes(count):
         try: signature.bind(*[None] * count)
         except TypeError: return False
@@ -92,8 +98,9 @@ def wants_facts(
     try:
         signature = inspect.signature(getattr(reward_fn, "forward", reward_fn))
     except (TypeError, ValueError):  # cannot be called, or does not say how
-        return False
-    return takes(3) and not takes(2)
+        return "no"
+    if takes(3) and not takes(2): return "yes"
+    return "if there are any" if [*signature.parameters][2:3] == ["facts"] else "no"
 
 
 def informed(
@@ -101,8 +108,8 @@ def informed(
     prompt_fn: Callable[[], str],  # its `facts`, if it has any, are those of its prompts
 ) -> Callable:
     "The reward, with the prompts' facts where it asks for them. `ValueError` if there are none."
-    if not wants_facts(reward_fn): return reward_fn
-    facts = getattr(prompt_fn, "facts", None)
+    wanted, facts = facts_wanted(reward_fn), getattr(prompt_fn, "facts", None)
+    if wanted == "no" or (wanted != "yes" and not facts): return reward_fn
     if not facts:
         raise ValueError(f"the reward {reward_name(reward_fn)} has three arguments, and so wants "
                          "facts about the prompts, of which there are none: give a .jsonl file "
@@ -153,6 +160,9 @@ class WeightedSum:
             raise ValueError(f"a weight for each reward, please: rewards {list(rewards)}, weights "
                              f"{list(weights)}.")
         for name, reward_fn in rewards.items():
+            if facts_wanted(reward_fn) == "yes":
+                raise ValueError(f"{name} wants facts about the prompts: put WithFacts({name}, "
+                                 "facts) in its place, or give make_reward a prompt_fn.")
             check_reward_fn(reward_fn)
             check_weight(name, weights[name])
             if isinstance(reward_fn, WeightedSum):
@@ -278,7 +288,8 @@ def reward_weights(
 def make_rewards(
     names: list[str],                    # as for `find_reward`
     device: str | torch.device | None,   # for rewards that have weights
-    prompt_fn: Callable | None = None,   # for rewards that want facts about its prompts
+    prompt_fn: Callable | None = None,   # for rewards that want facts about its prompts; None:
+    #                                      the trainer gives them
 ) -> dict[str, Callable]:                # by name, without file or module
     "Find each reward, or make it if it is a class. `ValueError` if two have the same short name."
     rewards = {}
@@ -292,8 +303,8 @@ def make_rewards(
                 raise ValueError(f"the reward {name!r} is a class that cannot be made without "
                                  f"arguments ({error}): name an object of it.") from error
             made = made(**options)
-        made = informed(made, prompt_fn)
-        check_reward_fn(made)
+        if prompt_fn: made = informed(made, prompt_fn)
+        if facts_wanted(made) == "no": check_reward_fn(made)
         if short in rewards:
             raise ValueError(f"two rewards are called {short!r}: rename one.")
         rewards[short] = made

@@ -46,11 +46,12 @@ def setting(
     group: str,                    # a key of `GROUPS`
     help: str,
     check: Callable | None = None,  # of (name, value); raises if the value is invalid
-    may_change: bool = True,       # on resuming; only in the group "machine"
+    may_change: bool | None = None,  # on resuming; None: only in the group "machine"
 ):
     "Define a field of `TrainerConfig`."
+    if may_change is None: may_change = group == "machine"
     return field(default=default, metadata=dict(
-        group=group, help=help, check=check, may_change=may_change and group == "machine"))
+        group=group, help=help, check=check, may_change=may_change))
 
 
 def help_of(name: str) -> str:
@@ -226,6 +227,15 @@ class TrainerConfig(DDPOConfig):
         or_none(check_which_steps))
     num_eval_samples: int = setting(
         128, "work", "fresh images that judge the model before and after training", check_count)
+    eval_every: int = setting(
+        0, "work", "epochs from one such evaluation to the next; 0: only before and after",
+        check_rank, may_change=True)
+    best_by: str = setting(
+        "reward", "work", "by what the best of them is chosen: reward, or one of eval_rewards",
+        is_name)
+    patience: int = setting(
+        0, "work", "end after so many evaluations without a better one; 0: never", check_rank,
+        may_change=True)
 
     algorithm: str = setting(
         "ddpo", "learning", "ddpo, nft, awm, dpo: any reward; draft: by the gradient of a network",
@@ -294,14 +304,6 @@ class TrainerConfig(DDPOConfig):
         is_switch)
     device: str | None = setting(
         None, "machine", "any torch device; None: CUDA if there is one, else CPU", or_none(is_name))
-    eval_every: int = setting(
-        0, "machine", "epochs from one evaluation on fresh images to the next; 0: none on the way",
-        check_rank)
-    best_by: str = setting(
-        "reward", "machine", "of those, the best are kept by reward, or by one of eval_rewards",
-        is_name)
-    patience: int = setting(
-        0, "machine", "end after so many evaluations without a better one; 0: never", check_rank)
     save_every: int = setting(
         10, "machine", "epochs from one checkpoint to the next; there is one at the end, too",
         check_count)

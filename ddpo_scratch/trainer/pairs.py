@@ -82,7 +82,7 @@ def read_preferences(
     folder: str | os.PathLike,  # with a preferences.jsonl
 ) -> list[Preference]:
     "All pairs of a folder. `ValueError` if there are none, or a line is wrong."
-    path = Path(folder) / "preferences.jsonl"
+    path = Path(folder).absolute() / "preferences.jsonl"
     try:
         return pairs_in(path, path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:

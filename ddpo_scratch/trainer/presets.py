@@ -38,10 +38,13 @@ class PromptFile:
                              "with one prompt a line is wanted.") from error
         numbered = [(number, line.strip()) for number, line in enumerate(lines, 1)]
         numbered = [(number, line) for number, line in numbered if line and line[0] != "#"]
-        if self.path.suffix == ".jsonl":
+        if self.path.suffix.lower() == ".jsonl":
             self.prompts = tuple(self.prompt_with_facts(*pair) for pair in numbered)
         else:
             self.prompts = tuple(line for _, line in numbered)
+            if any(line[0] == "{" for line in self.prompts):
+                raise ValueError(f"the prompts in {str(path)!r} are lines of JSON: call the file "
+                                 f"{self.path.stem}.jsonl.")
         if not self.prompts:
             raise ValueError(f"there is no prompt in {str(path)!r}: one a line is wanted; blank "
                              "lines and lines that begin with # do not count.")
@@ -53,9 +56,9 @@ class PromptFile:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{place} is not JSON: {error}.") from error
-        if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        prompt = row.pop("prompt", None) if isinstance(row, dict) else None
+        if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{place} must be an object with a prompt, a string: {line[:100]!r}.")
-        prompt = row.pop("prompt")
         if self.facts.setdefault(prompt, row) != row:
             raise ValueError(f"{place}: the prompt {prompt!r} has other facts there than before. "
                              "The model sees the prompt alone, so there is one row for each.")
@@ -123,7 +126,7 @@ def make_prompt_fn(
     "The prompt function of this name. `ValueError` with the known names if there is none."
     if name in PROMPTS:
         return PROMPTS[name]
-    if ":" in name or name.endswith(".py"):
+    if ":" in name[2:] or name.endswith(".py"):  # a path may begin with C:
         raise ValueError(f"prompts {name!r}: here a known name or a text file is wanted. Pass a "
                          "function of your own to run_training; a run that was started so is "
                          "resumed by run_training(…, resume=True).")

@@ -254,7 +254,7 @@ class Trainer:
     def train(
         self,
         on_epoch: Callable[[dict], bool | None] = lambda row: None,  # gets each epoch's metrics;
-        #                                                                true: training ends here
+        #                                                                True: training ends here
         on_batch: Callable[[], None] = lambda: None,  # is called after every batch; may raise
     ) -> list[dict]:                                  # a row of metrics for each epoch
         """Train until `num_epochs` are done. `Ruined` if all updates of an epoch are not finite.
@@ -283,7 +283,7 @@ class Trainer:
             state.history.append(row)
             state.rollout = Rollout()
             self.print_row(row)
-            if on_epoch(row): break
+            if on_epoch(row) is True: break
         if state.average: state.average.copy_to(state.weights)
         return state.history
 

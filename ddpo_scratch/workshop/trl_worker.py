@@ -11,7 +11,7 @@ import time
 
 import torch
 from accelerate import PartialState
-from trl import DDPOTrainer, DefaultDDPOStableDiffusionPipeline, TrainerConfig
+from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
 
 PartialState(cpu=True)  # required by its logger
 
@@ -33,7 +33,7 @@ def redness(images, prompts, metadata):
 
 
 trainer = DDPOTrainer(
-    TrainerConfig(
+    DDPOConfig(
         sample_num_steps=work["steps"], sample_batch_size=work["samples"],
         sample_num_batches_per_epoch=1, train_batch_size=work["batch"],
         sample_guidance_scale=work["guidance"], train_learning_rate=work["lr"],

@@ -18,9 +18,6 @@ whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `evaluations` at 
 
 and `flow` at `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`, N 0 and 1.
 `plans` computes what the presets for large models take.
-
-Of the first version of the embedded model are still steps.csv, bench.csv and sweep.csv; all others
-are of the second (November 2026).
 """
 import argparse
 import csv
