@@ -278,7 +278,7 @@ def test_bad_rewards_end_the_run_before_any_weight_has_changed():
     for reward_fn, error, match in (
             (second([0.0]), ValueError, r"shape \[2\]"), (second(None), ValueError, "2 numbers"),
             (second([0.0, float("nan")]), ValueError, "image 1, prompt 'a fox'"),
-            (theirs, ValueError, "theirs has three arguments, and so wants facts about the prompts"),
+            (theirs, ValueError, "theirs has three arguments, and so wants facts about"),
             (lambda images: [1.0], TypeError, r"reward_fn\(images, prompts\).*\(images\)")):
         with pytest.raises(error, match=match):
             train(config, pipe, lambda: "a fox", reward_fn)
