@@ -223,7 +223,7 @@ def run_training(
         check_resumable(config, folder)
         checkpoint = from_the_first(lambda: newest_intact(folder / "checkpoints"))
     begun_with = sources(config, pipe, prompt_fn)
-    if (folder / "versions.yaml").exists(): check_sources(begun_with, folder)
+    if resume and (folder / "versions.yaml").exists(): check_sources(begun_with, folder)
     with unfinished_until_the_end(folder, resume):
         if not (folder / "versions.yaml").exists():
             write_file(folder / "versions.yaml", as_yaml(versions() | begun_with))

@@ -28,14 +28,6 @@ from ..stat_tracker import spread_of
 from ..trainer.presets import REWARDS
 
 # %% ../../nbs/practice/20_sums.ipynb 6
-def origin_and_unit(
-    rewards: np.ndarray,  # float64, at least one
-) -> tuple[float, float]:
-    "Mean and standard deviation of rewards of any size; (mean, 1) if all are equal."
-    offset, spread, mean, deviation = spread_of(rewards)
-    return float(offset + spread * mean), float(spread * deviation) or 1.0
-
-# %% ../../nbs/practice/20_sums.ipynb 7
 @contextmanager
 def marking_errors(
     reward_fn: Callable,
@@ -59,7 +51,7 @@ def ask(
     with marking_errors(reward_fn): returned = reward_fn(pictures, list(prompts))
     return check_rewards(returned, prompts, name or reward_name(reward_fn))
 
-# %% ../../nbs/practice/20_sums.ipynb 9
+# %% ../../nbs/practice/20_sums.ipynb 8
 class WithFacts:
     "A reward of (images, prompts, facts) as one of (images, prompts): facts are looked up."
 
@@ -86,7 +78,7 @@ class WithFacts:
         facts = [dict(self.facts[prompt]) for prompt in prompts]
         with marking_errors(self.reward_fn): return function(images, prompts, facts)
 
-# %% ../../nbs/practice/20_sums.ipynb 10
+# %% ../../nbs/practice/20_sums.ipynb 9
 def facts_wanted(
     reward_fn: Callable,
 ) -> str:
@@ -127,7 +119,15 @@ def all_informed(
         eval_rewards = {name: informed(fn, prompt_fn) for name, fn in eval_rewards.items()}
     return informed(reward_fn, prompt_fn), eval_rewards
 
-# %% ../../nbs/practice/20_sums.ipynb 11
+# %% ../../nbs/practice/20_sums.ipynb 14
+def origin_and_unit(
+    rewards: np.ndarray,  # float64, at least one
+) -> tuple[float, float]:
+    "Mean and standard deviation of rewards of any size; (mean, 1) if all are equal."
+    offset, spread, mean, deviation = spread_of(rewards)
+    return float(offset + spread * mean), float(spread * deviation) or 1.0
+
+# %% ../../nbs/practice/20_sums.ipynb 15
 def check_weight(
     name: str,  # of a reward in a sum
     weight: float,
@@ -139,7 +139,7 @@ def check_weight(
         raise ValueError(f"the weight of {name} must not be 0, and lie between -1e9 and 1e9; it is "
                          f"{weight!r}.")
 
-# %% ../../nbs/practice/20_sums.ipynb 12
+# %% ../../nbs/practice/20_sums.ipynb 16
 class WeightedSum:
     """A reward: the weighted sum of several rewards, each standardized.
 
@@ -191,7 +191,7 @@ class WeightedSum:
     def __call__(self, images: np.ndarray, prompts: Sequence[str]) -> torch.Tensor:
         return self.total(self.parts(images, prompts))
 
-# %% ../../nbs/practice/20_sums.ipynb 16
+# %% ../../nbs/practice/20_sums.ipynb 20
 FROM_FILES = "rewards_of_"  # how the names of modules from files begin
 
 
@@ -250,7 +250,7 @@ def find_reward(
                          + (f" Did you mean {near[0]!r}?" if near else ""))
     return getattr(module, attribute)
 
-# %% ../../nbs/practice/20_sums.ipynb 17
+# %% ../../nbs/practice/20_sums.ipynb 21
 def split_weight(
     part: str,         # animal, animal:2, rewards.py:redness, rewards.py:redness:0.5
 ) -> tuple[str, str]:  # the reward's name, and its weight, "1" where none is given
@@ -284,7 +284,7 @@ def reward_weights(
         check_weight(reward, weights[reward])
     return weights
 
-# %% ../../nbs/practice/20_sums.ipynb 18
+# %% ../../nbs/practice/20_sums.ipynb 22
 def make_rewards(
     names: list[str],                    # as for `find_reward`
     device: str | torch.device | None,   # for rewards that have weights
@@ -338,7 +338,7 @@ def name_in_a_file(
                 if value is thing: return f"{module.__file__}:{attribute}"
     return None
 
-# %% ../../nbs/practice/20_sums.ipynb 19
+# %% ../../nbs/practice/20_sums.ipynb 23
 def make_reward(
     name: str,                                 # as for `reward_weights`
     device: str | torch.device | None = None,  # for rewards that have weights
