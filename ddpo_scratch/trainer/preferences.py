@@ -52,7 +52,9 @@ def preference_losses(
     better, worse = (error(reference, target) - error(prediction, target)).chunk(2)
     decided = images.advantages[2 * pair]
     loss = -F.logsigmoid(objective.beta * (better - worse)) * decided
-    accuracy = (1 + decided * (better - worse).detach().sign()) / 2
+    margin = (better - worse).detach()
+    margin = margin * (margin.abs() > 1e-6)  # before the first update it is rounding
+    accuracy = (1 + decided * margin.sign()) / 2
     return PairLoss(loss, accuracy, error(prediction, reference).detach().view(2, -1).mean(0))
 
 # %% ../../nbs/practice/32_preferences.ipynb 13
