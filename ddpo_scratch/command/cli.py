@@ -30,6 +30,7 @@ from ddpo_scratch.scorers.names import (
     make_eval_rewards,
     make_reward,
     parts_of,
+    reward_weights,
 )
 from ..trainer.checkpoints import Stopped
 from ..trainer.config import TrainerConfig
@@ -67,7 +68,7 @@ def prepare(
     check_prompts(config, prompt_fn)
     from_the_first(lambda: check_run_name(name, runs))
     for reward in all_rewards(config): file_of(reward)
-    column_of(config.best_by, config.eval_rewards.split(",") if config.eval_rewards else ())
+    column_of(config.best_by, reward_weights(config.eval_rewards) if config.eval_rewards else ())
     if only_plan:  # before any reward file is executed
         print_once(plan_text(config, make_plan(config)))
         sys.exit()

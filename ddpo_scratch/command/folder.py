@@ -118,10 +118,11 @@ def check_resumable(
     "`ValueError` if the run cannot go on, or if `config` has other settings than the run."
     begun = TrainerConfig(**read_config(folder / "config.yaml"))
     if not (folder / UNFINISHED).exists():
-        if not checkpoints_in(folder / "checkpoints"):
+        checkpoints = checkpoints_in(folder / "checkpoints")
+        if not checkpoints:
             raise ValueError(f"the run in {folder} has come to its end, and has no checkpoint to "
                              "go on from. Results are never written over.")
-        done = int(checkpoints_in(folder / "checkpoints")[-1].name[:5])
+        done = int(checkpoints[-1].name[:5])
         early = done < begun.num_epochs  # by patience
         if config.num_epochs == begun.num_epochs and not (
                 early and config.patience != begun.patience):

@@ -210,8 +210,7 @@ def run_training(
     On Ctrl-C or SIGTERM, it finishes the batch, saves a checkpoint and raises `Stopped`, which is a
     `KeyboardInterrupt`. On an error other than `Ruined`, it saves a checkpoint and re-raises."""
     check_run(config, pipe)
-    if eval_rewards is None:
-        eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device, prompt_fn)
+    if eval_rewards is None: eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
     reward_fn, eval_rewards = all_informed(reward_fn, eval_rewards, prompt_fn)
     TRAINERS[config.algorithm].check_rewards(reward_fn, eval_rewards)
     column_of(config.best_by, eval_rewards)

@@ -79,20 +79,26 @@ class WithFacts:
         with marking_errors(self.reward_fn): return function(images, prompts, facts)
 
 # %% ../../nbs/practice/20_sums.ipynb 9
-def facts_wanted(
+def signature_of(
     reward_fn: Callable,
-) -> str:
-    "Whether facts are its third argument: \"no\", \"yes\", or \"if there are any\" for facts=None."
+) -> inspect.Signature | None:  # None: it cannot be called, or does not say how
+    "Of its call."
+    try:
+        return inspect.signature(getattr(reward_fn, "forward", reward_fn))
+    except (TypeError, ValueError):
+        return None
+
+
+def needs_facts(
+    reward_fn: Callable,
+) -> bool:
+    "Whether it has to be called with a third argument."
+    signature = signature_of(reward_fn)
     def takes(count):
         try: signature.bind(*[None] * count)
         except TypeError: return False
         return True
-    try:
-        signature = inspect.signature(getattr(reward_fn, "forward", reward_fn))
-    except (TypeError, ValueError):  # cannot be called, or does not say how
-        return "no"
-    if takes(3) and not takes(2): return "yes"
-    return "if there are any" if [*signature.parameters][2:3] == ["facts"] else "no"
+    return signature is not None and takes(3) and not takes(2)
 
 
 def informed(
@@ -100,13 +106,13 @@ def informed(
     prompt_fn: Callable[[], str],  # its `facts`, if it has any, are those of its prompts
 ) -> Callable:
     "The reward, with the prompts' facts where it asks for them. `ValueError` if there are none."
-    wanted, facts = facts_wanted(reward_fn), getattr(prompt_fn, "facts", None)
-    if wanted == "no" or (wanted != "yes" and not facts): return reward_fn
-    if not facts:
+    facts, signature = getattr(prompt_fn, "facts", None), signature_of(reward_fn)
+    if needs_facts(reward_fn) and not facts:
         raise ValueError(f"the reward {reward_name(reward_fn)} has three arguments, and so wants "
                          "facts about the prompts, of which there are none: give a .jsonl file "
                          "with them, --prompts file.jsonl.")
-    return WithFacts(reward_fn, facts)
+    asks = signature is not None and [*signature.parameters][2:3] == ["facts"]
+    return WithFacts(reward_fn, facts) if facts and (asks or needs_facts(reward_fn)) else reward_fn
 
 
 def all_informed(
@@ -160,7 +166,7 @@ class WeightedSum:
             raise ValueError(f"a weight for each reward, please: rewards {list(rewards)}, weights "
                              f"{list(weights)}.")
         for name, reward_fn in rewards.items():
-            if facts_wanted(reward_fn) == "yes":
+            if needs_facts(reward_fn):
                 raise ValueError(f"{name} wants facts about the prompts: put WithFacts({name}, "
                                  "facts) in its place, or give make_reward a prompt_fn.")
             check_reward_fn(reward_fn)
@@ -304,7 +310,7 @@ def make_rewards(
                                  f"arguments ({error}): name an object of it.") from error
             made = made(**options)
         if prompt_fn: made = informed(made, prompt_fn)
-        if facts_wanted(made) == "no": check_reward_fn(made)
+        if not needs_facts(made): check_reward_fn(made)
         if short in rewards:
             raise ValueError(f"two rewards are called {short!r}: rename one.")
         rewards[short] = made

@@ -142,7 +142,7 @@ def state_to_dict(
             "units": state.units, "random": state.random, "around": random_states(),
             "history": state.history, "rollout": rollout,
             "averages": {name: one.state_dict() for name, one in averages_of(state).items()},
-            "weights": [weight.detach().cpu() for weight in state.weights if state.average]}
+            "weights": [weight.detach().cpu() for weight in state.weights] if state.average else []}
 
 
 @contextmanager

@@ -45,8 +45,7 @@ class DDPOTrainer(Trainer):
         "Sample the epoch's images, and score them; of several processes, each its part."
         config, state, rollout = self.config, self.state, self.state.rollout
         self.draw_prompts()
-        batches = sampling_batches(config.num_samples_per_epoch, config.sample_batch_size)
-        batches = [] if rollout.batches else batches[len(rollout.samples):]
+        batches = self.batches_left()
         score = partial(raw_scores, self.reward_fn, self.eval_rewards)
         beside = all(is_elsewhere(fn, self.policy.device)
                      for fn in (self.reward_fn, *self.eval_rewards.values()))
@@ -61,6 +60,13 @@ class DDPOTrainer(Trainer):
                     scoring.put(images, prompts, *(x.cpu() for x in kept))
                 on_batch()
         if rollout.advantages is None: rollout.samples = gathered(rollout.samples)
+
+    def batches_left(self) -> list[torch.Tensor]:
+        "This process's batches of the epoch's samples that it has not got yet: indices, [B] each."
+        config, rollout = self.config, self.state.rollout
+        if rollout.batches: return []  # the updates have begun
+        batches = sampling_batches(config.num_samples_per_epoch, config.sample_batch_size)
+        return [*batches[len(rollout.samples):]]
 
     def total(self, scores: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         "The batches' scores put together; the reward comes first."

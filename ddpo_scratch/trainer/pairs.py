@@ -3,7 +3,6 @@
 
 # %% ../../nbs/practice/32_preferences.ipynb 7
 "Which image is preferred to which: by a reward, or from a folder."
-import json
 import os
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
+
+from ddpo_scratch.trainer.presets import from_json
 
 
 def ranked_pairs(
@@ -52,10 +53,7 @@ def preference(
     folder: Path,
 ) -> Preference:
     "`ValueError` if the line is not as it should be, or names a file that is not there."
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON: {error}.") from error
+    found = from_json(line, place)
     if not isinstance(found, dict) or not all(
             isinstance(found.get(name), str) for name in Preference._fields):
         raise ValueError(f"{place} must have prompt, preferred and rejected, three strings: "

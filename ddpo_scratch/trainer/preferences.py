@@ -27,7 +27,7 @@ from ddpo_scratch.trainer.pairs import (
 from .policy import Policy, Trajectory
 from .precision import on_the_cpu
 from .processes import from_the_first, gathered, print_once
-from .rollout import joined, sampling_batches
+from .rollout import joined
 
 # %% ../../nbs/practice/32_preferences.ipynb 5
 class PairLoss(NamedTuple):
@@ -117,10 +117,8 @@ class DPOTrainer(ForwardTrainer):
         rollout.prompts = prompts
         paths = [path for pair in pairs for path in (pair.preferred, pair.rejected)]
         self.cache.read(prompts)
-        batches = sampling_batches(len(paths), config.sample_batch_size)
-        batches = [] if rollout.batches else batches[len(rollout.samples):]
         with on_the_cpu(config.offload, *text_encoders(self.pipe)):
-            for batch in self.bar(batches, "images"):
+            for batch in self.bar(self.batches_left(), "images"):
                 if len(batch):
                     images = np.stack([opened(paths[i], config.sides) for i in batch])
                     x_0 = encoded(images, self.pipe).to(policy.device, policy.dtype)

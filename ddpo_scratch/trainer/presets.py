@@ -20,6 +20,17 @@ from ddpo_scratch.trainer.algorithms import MEANT_FOR
 from ddpo_scratch.trainer.config import LORA_TARGETS, TrainerConfig
 
 # %% ../../nbs/practice/14_config.ipynb 17
+def from_json(
+    line: str,
+    place: str,  # where it stands, for the error
+):
+    "The value of a line of JSON. `ValueError` if it is none."
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error}.") from error
+
+
 class PromptFile:
     """Draws prompts from a text file, one per line; skips blank lines and those that begin with #.
 
@@ -52,10 +63,7 @@ class PromptFile:
     def prompt_with_facts(self, number: int, line: str) -> str:
         "The prompt of a line of JSON; keeps its facts. `ValueError` if it contradicts another."
         place = f"{str(self.path)!r}, line {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{place} is not JSON: {error}.") from error
+        row = from_json(line, place)
         prompt = row.pop("prompt", None) if isinstance(row, dict) else None
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"{place} must be an object with a prompt, a string: {line[:100]!r}.")
@@ -109,11 +117,11 @@ EMOJI = {  # the preset's changes for other algorithms
     "nft": dict(num_epochs=16, lr=1e-4, noise_levels=2, nft_beta=0.1, ema_decay=0.9),
     "awm": dict(num_epochs=16, lr=1e-4, noise_levels=2, clip_ratio=1e-3, ema_decay=0.9),
     "dpo": dict(num_epochs=16, lr=3e-5, noise_levels=2, beta=400.0, ema_decay=0.9)}
-FEW_UPDATES = dict(batch_size=64, max_grad_norm=1.0)  # of groups of images
+GROUPED = dict(samples_per_prompt=16, batch_size=64, max_grad_norm=1.0)
 LARGE = {  # and those of the other presets; starting points that have not been run
-    "nft": FEW_UPDATES | dict(samples_per_prompt=16, clip_advantages=5.0, nft_beta=0.2, beta=0.0),
-    "awm": FEW_UPDATES | dict(samples_per_prompt=16, clip_ratio=1e-3, beta=0.0),
-    "dpo": FEW_UPDATES | dict(samples_per_prompt=16, beta=2500.0)}
+    "nft": GROUPED | dict(clip_advantages=5.0, nft_beta=0.2, beta=0.0),
+    "awm": GROUPED | dict(clip_ratio=1e-3, beta=0.0),
+    "dpo": GROUPED | dict(beta=2500.0)}
 PRESETS["flux"] = replace(
     PRESETS["sd35"], pipeline="black-forest-labs/FLUX.1-dev", mixed_precision="bf16",
     num_timesteps=6, cfg=3.5, eta=0.9, beta=0.0, clip_ratio=1e-3, sample_batch_size=3,

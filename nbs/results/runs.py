@@ -255,7 +255,7 @@ ALGORITHMS_COMPARED = {"ddpo": 3, "draft": 1, "nft": 2, "awm": 2, "dpo": 2}  # e
 
 
 def compare_algorithms(seed: int):
-    """Chapter 33. A quarter of an hour a seed, on a machine with nothing else.
+    """For no chapter yet. A quarter of an hour a seed, on a machine with nothing else.
 
     All keep an average of the weights here, which changes nothing in training. "right" and
     "spread" are of what the command leaves by default, which is the average for some only."""
@@ -270,14 +270,6 @@ def compare_algorithms(seed: int):
                 zip(("right", "spread"), (row[name] for name in left))) | {
                     "average": average, "last": last})
     return rows
-
-
-def comparison():
-    "The table of chapter 33, and its figure for README; from the tables of the three seeds."
-    os.chdir(HERE)
-    found = names_of_cells("practice/33_comparison.ipynb", "ax.axhline(", "def seconds_to(")
-    write_file(HERE.parent / "images" / "comparison.png", png_bytes(found["fig"]))
-    return found["summary"]
 
 
 class SharedNoise(DPOTrainer):
@@ -300,7 +292,7 @@ VALUES = {"per prompt": {}, "value": dict(baseline=True),
 
 
 def compare_values(seed: int):
-    "Chapter 33. Half an hour of one thread a seed."
+    "For no chapter yet. Half an hour of one thread a seed."
     rows = []
     for name, changes in VALUES.items():
         made = []
@@ -436,8 +428,7 @@ FLOW_NOISES = {  # algorithm nft takes eta 0, and does not train here
 
 
 FLOWS = {
-    "sde": dict(eta=0.7), "cps": dict(eta=0.7, flow_sampler="cps", which_steps="0,1,2,3,4,5",
-                                      timestep_fraction=1.0),
+    "sde": dict(eta=0.7), "cps": dict(eta=0.7, flow_sampler="cps"),
     "noise in steps 0 to 3": dict(eta=0.7, timestep_fraction=0.5, mixed_sampling=True),
     "nft": dict(algorithm="nft", eta=0.0)}
 
@@ -464,22 +455,21 @@ def flow_noise():
     return rows
 
 
-def names_of_cells(
+def names_of_cell(
     notebook: str,
-    *parts: str,  # each of the one cell that is meant
+    part: str,  # of the one cell that is meant
 ) -> dict:
-    "What cells of a chapter define: their code is there, and is not repeated here."
+    "What a chapter's cell defines: its code is there, and is not repeated here."
     cells = json.loads((HERE.parent / notebook).read_text("utf-8"))["cells"]
+    source, = [code for cell in cells if part in (code := "".join(cell["source"]))]
     names = {}
-    for part in parts:
-        source, = [code for cell in cells if part in (code := "".join(cell["source"]))]
-        exec(source, names)
+    exec(source, names)
     return names
 
 
 def guidance():
     "Guidance towards the classifier in place of training, and sampling without it; chapter 11."
-    names, rows = names_of_cells("tutorial/11_results.ipynb", "def guided("), []
+    names, rows = names_of_cell("tutorial/11_results.ipynb", "def guided("), []
     random.seed(0)
     prompts = list(PromptDataset(emoji_common_animal_prompts, 128))
     for strength in ("none", 0.0, 0.3, 1.0, 3.0, 10.0):
@@ -583,7 +573,7 @@ def plans():
 
 
 TABLES = {function.__name__: function for function in (
-    groups, reinforce, steps, gamed, incompressible, draft, comparison, dpo_noise, hero, right,
+    groups, reinforce, steps, gamed, incompressible, draft, dpo_noise, hero, right,
     samplers, flow, flow_noise, guidance, named, processes, backgrounds, evaluations, plans)}
 TABLES |= {f"comparison{seed}": partial(compare_algorithms, seed) for seed in (0, 1, 2)}
 TABLES |= {f"{name}{seed}": partial(function, seed) for seed in (0, 1) for name, function in (

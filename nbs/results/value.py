@@ -10,7 +10,7 @@ before it.
 
 Discounting: the advantage of a step is multiplied by γ for each step that follows it.
 
-`python nbs/results/runs.py value` compares both with the preset.
+`python nbs/results/runs.py value0 value1` compares both with the preset.
 """
 import torch
 import torch.nn.functional as F
