@@ -15,8 +15,9 @@ from ddpo_scratch.command.folder import as_yaml
 from ddpo_scratch.models.families import family_of
 from ddpo_scratch.pipelines import EMBEDDED, is_flow
 from ddpo_scratch.trainer.algorithms import ALGORITHMS
-from ddpo_scratch.trainer.config import FOLDERS, HUB_NAME, TrainerConfig
+from ddpo_scratch.trainer.config import TrainerConfig
 from ddpo_scratch.trainer.precision import DTYPES
+from ddpo_scratch.trainer.setting_checks import FOLDERS, HUB_NAME
 
 # %% ../../nbs/practice/13_command.ipynb 22
 CARD = """---

@@ -15,7 +15,6 @@ import tyro
 import yaml
 
 from ddpo_scratch.trainer.config import (
-    FOLDERS,
     GROUPS,
     TrainerConfig,
     check_setting,
@@ -24,6 +23,7 @@ from ddpo_scratch.trainer.config import (
     plain_value,
 )
 from ddpo_scratch.trainer.presets import PRESETS, PROMPTS, REWARDS, make_config
+from ddpo_scratch.trainer.setting_checks import FOLDERS
 
 # %% ../../nbs/practice/13_command.ipynb 29
 def read_config(

@@ -32,9 +32,10 @@ from ddpo_scratch.scorers.names import (
     split_weight,
 )
 from ddpo_scratch.trainer.checkpoints import checkpoints_in, sha256_of, write_file
-from ddpo_scratch.trainer.config import FOLDERS, MAY_CHANGE, TrainerConfig
+from ddpo_scratch.trainer.config import MAY_CHANGE, TrainerConfig
 from ddpo_scratch.trainer.presets import PROMPTS, REWARDS, PromptFile
 from ddpo_scratch.trainer.processes import processes
+from ddpo_scratch.trainer.setting_checks import FOLDERS
 
 # %% ../../nbs/practice/13_command.ipynb 10
 def check_run_name(

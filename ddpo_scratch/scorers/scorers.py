@@ -30,7 +30,7 @@ from transformers import AutoProcessor, CLIPModel
 
 from ..checks import check_images
 from ..rewards import Scorer, picture_arrays
-from ..trainer.config import check_installed
+from ..trainer.setting_checks import check_installed
 
 
 # %% ../../nbs/practice/21_scorers.ipynb 5

@@ -6,9 +6,7 @@
 __all__ = ['TrainerConfig']
 
 # %% ../../nbs/practice/14_config.ipynb 3
-import importlib.util
 import inspect
-import numbers
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -17,14 +15,25 @@ from pathlib import Path
 import numpy as np
 
 from ..config import DDPOConfig
-from ddpo_scratch.ranges import (
-    HYPERPARAMETERS,
-    check_count,
-    check_not_negative,
-    check_positive,
-    is_number,
-)
+from ..ranges import HYPERPARAMETERS, check_count, check_not_negative, check_positive
 from .algorithms import ALGORITHMS, check_algorithm
+from ddpo_scratch.trainer.setting_checks import (
+    FOLDERS,
+    LORA_TARGETS,
+    check_alpha,
+    check_fraction,
+    check_hub_name,
+    check_img_size,
+    check_rank,
+    check_share,
+    check_targets,
+    check_which_steps,
+    is_folder,
+    is_name,
+    is_switch,
+    one_of,
+    or_none,
+)
 
 # %% ../../nbs/practice/14_config.ipynb 5
 GROUPS = {
@@ -65,95 +74,6 @@ def help_of(name: str) -> str:
 def group_of(name: str) -> str:
     "The group of a setting, a key of `GROUPS`."
     return TrainerConfig.__dataclass_fields__[name].metadata.get("group") or INHERITED[name]
-
-# %% ../../nbs/practice/14_config.ipynb 7
-def is_name(name, value):
-    if not isinstance(value, str):
-        raise TypeError(f"{name} is a name, a string, not a {type(value).__name__}. (Functions go "
-                        "to run_training or DDPOTrainer.)")
-
-
-def is_folder(name, value):
-    is_name(name, value)
-    if not value: raise ValueError(f"{name} is empty: the name of a folder is wanted, or None.")
-
-
-def is_switch(name, value):
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is True or False, not {value!r}.")
-
-
-def one_of(*known):
-    def check(name, value):
-        if value not in known:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, not {value!r}.")
-    return check
-
-
-def or_none(check):
-    def checked(name, value):
-        if value is not None: check(name, value)
-    return checked
-
-
-def check_fraction(name, value):
-    if not is_number(value, low=0) or not 0 < value <= 1:
-        raise ValueError(f"{name} must be above 0 and at most 1 (all steps), not {value!r}.")
-
-
-def check_share(name, value):
-    if not is_number(value, low=0) or value >= 1:
-        raise ValueError(f"{name} must be at least 0 (none) and below 1, not {value!r}.")
-
-
-def check_which_steps(name, value):
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9]+(,[0-9]+)*", value):
-        raise ValueError(f"{name} must be numbers with commas, 0 being the noisiest step, such as "
-                         f"'0,3,6', or None; not {value!r}.")
-
-
-def check_img_size(name, value):
-    sides = value if isinstance(value, tuple) else (value, value)
-    if len(sides) != 2 or not all(
-            is_number(side, numbers.Integral, 8) and side % 8 == 0 for side in sides):
-        raise ValueError(f"{name} must be a multiple of 8 pixels (of 16 for some models), or two "
-                         f"of them, height and width; not {value!r}.")
-
-
-def check_rank(name, value):
-    if not is_number(value, numbers.Integral, 0):
-        raise ValueError(f"{name} must be a whole number of at least 0 (none), not {value!r}.")
-
-
-def check_alpha(name, value):
-    if not is_number(value, low=0) or value == 0:
-        raise ValueError(f"{name} must be a number above 0, or None, not {value!r}.")
-
-
-def check_targets(name, value):
-    if not isinstance(value, tuple) or not value or not all(
-            isinstance(target, str) and target for target in value):
-        raise ValueError(f"{name} must be at least one name of a module, not {value!r}.")
-
-
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four matrices of attention
-FOLDERS = ("lora_from", "preferences")  # settings that name a folder on this machine
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-
-
-def check_hub_name(name, value):
-    if not isinstance(value, str) or not HUB_NAME.fullmatch(value):
-        raise ValueError(f"{name} must be a name on the hub, owner/name, not {value!r}.")
-
-
-def check_installed(
-    package: str,  # which the extra of the same name installs
-    setting: str,  # that needs it
-) -> None:
-    "`ValueError` if an optional package is not installed."
-    if importlib.util.find_spec(package) is None:
-        raise ValueError(f"{setting} needs the package {package}, which is not installed: "
-                         f"pip install 'ddpo_scratch[{package}]' brings it.")
 
 # %% ../../nbs/practice/14_config.ipynb 11
 def plain_value(

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from ..models.families import family_of, network_of
-from .config import LORA_TARGETS
+from .setting_checks import LORA_TARGETS
 
 # %% ../../nbs/practice/23_lora.ipynb 4
 def adapters_of(

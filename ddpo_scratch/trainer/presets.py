@@ -17,7 +17,8 @@ from ddpo_scratch.prompts import (
     imagenet_animal_prompts,
 )
 from ddpo_scratch.trainer.algorithms import MEANT_FOR
-from ddpo_scratch.trainer.config import LORA_TARGETS, TrainerConfig
+from ddpo_scratch.trainer.config import TrainerConfig
+from ddpo_scratch.trainer.setting_checks import LORA_TARGETS
 
 # %% ../../nbs/practice/14_config.ipynb 17
 def from_json(

@@ -27,7 +27,7 @@ from ..prompts import PromptDataset
 from ..scorers.names import WeightedSum, all_informed
 from ..stat_tracker import PerPromptStatTracker
 from .checkpoints import random_states
-from .config import TrainerConfig, check_installed
+from .config import TrainerConfig
 from ddpo_scratch.trainer.lora import (
     AdapterOff,
     adapters_of,
@@ -50,6 +50,7 @@ from ddpo_scratch.trainer.processes import (
     same_everywhere,
 )
 from .rollout import PromptCache, drawing
+from .setting_checks import check_installed
 from .speed import Compiled, check_compiler, measured_micro_batch
 from ..training import TRAINING, noise_sources
 
