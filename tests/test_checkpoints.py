@@ -125,7 +125,7 @@ def trained(config, stop=None, checkpoint=None):
 def test_a_run_goes_on_after_any_batch():
     "All weights; LoRA, a penalty, chosen steps; bf16: stopped in sampling and in updates."
     changes = SMALL | dict(num_epochs=2, num_timesteps=2, lr=1e-3, num_inner_epochs=2,
-                           anneal_lr=True)
+                           lr_scheduler="cosine", lr_warmup_steps=3)
     some = dict(which_steps="1", timestep_fraction=1.0)
     kinds = (dict(), dict(lora_rank=2, beta=0.1, **some), dict(beta=0.1, mixed_precision="bf16"))
     for kind in kinds:

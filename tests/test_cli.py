@@ -120,7 +120,7 @@ def test_the_command_leaves_a_whole_run(model, twins):
         assert [row["epoch"] for row in rows] == ["1", "2"]
         assert list(rows[0]) == [
             "epoch", "reward_mean", "reward_std", "eval_right_animal", "loss", "grad_norm",
-            "clip_fraction", "approx_kl", "max_log_ratio", "skipped", "seconds"]
+            "clip_fraction", "approx_kl", "max_log_ratio", "lr", "skipped", "seconds"]
         assert len(list(csv.DictReader((path / "evaluation.csv").open()))) == 2
         config = TrainerConfig(**yaml.safe_load((path / "config.yaml").read_text()))
         assert config == make_config("emoji", **settings, seed=3, device=config.device)
@@ -388,11 +388,58 @@ def test_an_adapter_is_left_instead_of_the_pipeline(model, twins):
     assert torch.equal(output(plain), output(again)) and not torch.equal(output(again), before)
 
 
+def test_evaluation_has_prompts_of_its_own(flags, tmp_path):
+    "A file's, in turn, with their facts; and every update has its row, also when a run goes on."
+    def write(name, rows):
+        (tmp_path / name).write_text("\n".join(
+            json.dumps({"prompt": prompt, "count": count}) for prompt, count in rows.items()))
+    write("prompts.jsonl", {"a fox": 3, "an owl": 5})
+    write("watched.jsonl", {"a bee": 7, "a cat": 9})
+    (tmp_path / "mine.py").write_text("def count(images, prompts, facts):\n"
+                                      "    return [fact['count'] for fact in facts]\n")
+    settings = [*flags, "--num_epochs=1", "--samples_per_prompt=1", "--reward=mine.py:count",
+                "--prompts=prompts.jsonl", "--num_eval_samples=3", "--eval_rewards=None",
+                "--cfg=2", "--negative_prompt=blurred, a 'bad' one"]
+    several = [*settings, "--eval_prompts=watched.jsonl"]
+    lines, wrong = called(tmp_path, *several, "--log_updates", "--name=x")
+    assert wrong is None, wrong
+    lines, wrong = called(tmp_path, "--resume=runs/x", "--num_epochs=2")
+    assert wrong is None, wrong
+    folder = tmp_path / "runs" / "x"
+    def table(name): return list(csv.DictReader((folder / name).open()))
+    assert [(row["prompt"], float(row["before"])) for row in table("evaluation.csv")] == [
+        ("a bee", 7), ("a cat", 9), ("a bee", 7)]
+    metrics, updates = table("metrics.csv"), table("updates.csv")
+    assert all(3 <= float(row["reward_mean"]) <= 5 for row in metrics)
+    numbers = [(row["epoch"], row["update"]) for row in updates]
+    count = len(updates) // 2
+    assert count > 1 and numbers == [(epoch, str(i)) for epoch in "12" for i in range(1, count + 1)]
+    assert {"loss", "grad_norm", "clip_fraction", "lr", "skipped"} < updates[0].keys()
+    for epoch, row in enumerate(metrics):
+        norms = [float(update["grad_norm"]) for update in updates[epoch * count:][:count]]
+        assert min(norms) < float(row["grad_norm"]) < max(norms)
+    card = (folder / "pipeline" / "README.md").read_text("utf-8")
+    assert "3 prompts from\n`watched.jsonl`" in card
+    assert '''negative_prompt="blurred, a 'bad' one"''' in card
+    opened_by_its_card(folder / "pipeline")
+
+    write("watched.jsonl", {"a bee": 7, "a cat": 8})
+    wrong = called(tmp_path, "--resume=runs/x", "--num_epochs=3")[1]
+    assert "began with other eval_prompts than the file has now" in wrong
+    write("watched.jsonl", {"a bee": 7, "a fox": 8})
+    wrong = called(tmp_path, *several)[1]
+    assert "the prompt 'a fox' has other facts there than among the prompts of training" in wrong
+    wrong = called(tmp_path, *several, "--num_eval_samples=1")[1]
+    assert "has 2 prompts: raise num_eval_samples, now 1" in wrong and "Nothing was" in wrong
+    wrong = called(tmp_path, *settings, "--eval_prompts=none.txt")[1]
+    assert "none.txt' cannot be read" in wrong
+
+
 def test_logs():
     "What TensorBoard and an offline Weights & Biases have been told is what metrics.csv says."
     config = make_config("emoji", **SMALL | dict(num_eval_samples=3), eval_rewards=None)
     def run(folder, kind):
-        run_training(replace(config, log_with=kind), twin("sd2"),
+        run_training(replace(config, log_with=kind, tracker_project_name="a_project"), twin("sd2"),
                      emoji_animal_prompts, JPEGCompressibility(), folder)
         return [row["reward_mean"] for row in csv.DictReader((folder / "metrics.csv").open())]
     with TemporaryDirectory() as runs:
@@ -402,12 +449,14 @@ def test_logs():
         told = events.Scalars("reward_mean")
         assert [event.step for event in told] == [1, 2]
         np.testing.assert_allclose([event.value for event in told], list(map(float, rewards)), 1e-6)
-        assert len(events.Images("progress")) >= 1
+        tags = [tag for tag in events.Tags()["images"] if tag.startswith("progress/")]
+        assert tags and all(len(events.Images(tag)) == 2 for tag in tags)
         folder = Path(runs) / "wb"
         with patch.dict(os.environ, {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}):
             run(folder, "wandb")
         file, = folder.glob("wandb/offline-run-*/*.wandb")
-        assert b"reward_mean" in file.read_bytes()
+        assert b"reward_mean" in file.read_bytes() and b"a_project" in file.read_bytes()
+        assert all(tag.removeprefix("progress/").encode() in file.read_bytes() for tag in tags)
         assert len(list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))) >= 6
         with patch.dict(sys.modules, {"wandb": None}):
             with pytest.raises(ValueError, match=r"pip install 'ddpo_scratch\[wandb\]'"):

@@ -17,7 +17,7 @@ def test_presets_are_the_blogs_and_its_miniature():
         batch_size=4, img_size=512, lr=5e-6, clip_advantages=10.0, clip_ratio=1e-4, cfg=5.0,
         eta=1.0, weight_decay=1e-4, max_grad_norm=1.0, buffer_size=32, min_count=16,
         sample_batch_size=32, pipeline="CompVis/stable-diffusion-v1-4", reward="aesthetic",
-        prompts="imagenet_animal_prompts", gradient_checkpointing=True, anneal_lr=False,
+        prompts="imagenet_animal_prompts", gradient_checkpointing=True, lr_scheduler="constant",
         num_eval_samples=128, timestep_fraction=1.0, samples_per_prompt=1, beta=0.0,
         mixed_precision="no", lora_rank=0, lora_alpha=None, save_every=10,
         checkpoints_total_limit=2, log_with=None, use_8bit_adam=False, offload=False,
@@ -25,7 +25,9 @@ def test_presets_are_the_blogs_and_its_miniature():
         which_steps=None, compile=False, lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
         lora_from=None, algorithm="ddpo", draft_steps=1, draft_random=False, draft_copies=1,
         draft_views=0, noise_levels=4, nft_beta=1.0, old_decay=0.0, ema_decay=0.0, preferences=None,
-        flow_sampler="sde", mixed_sampling=False, eval_every=0, best_by="reward", patience=0)
+        flow_sampler="sde", mixed_sampling=False, eval_every=0, best_by="reward", patience=0,
+        lr_warmup_steps=0, negative_prompt=None, eval_prompts=None, log_updates=False,
+        tracker_project_name="ddpo_scratch", load_in_4bit=False)
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(TrainerConfig)} - set(blog) == {"seed", "device"}
     assert PRESETS["emoji"].pipeline == "emoji"
@@ -72,7 +74,7 @@ def test_bad_configurations():
     for name, value in BAD:
         with pytest.raises(ValueError, match=name):
             make_config("emoji", **{name: value})
-    with pytest.raises(ValueError, match="'blogg'. Known: blog, emoji, flux, sd35, sdxl"):
+    with pytest.raises(ValueError, match="'blogg'. Known: blog, emoji, flux, flux_24gb, sd35"):
         make_config("blogg")
     for given in ("0,3", " 0, 3", [0, 3], (0, 3), np.array([0, 3]).tolist()):
         assert make_config("emoji", which_steps=given, timestep_fraction=1).which_steps == "0,3"
@@ -81,8 +83,8 @@ def test_bad_configurations():
         make_prompt_fn("cats")
     with pytest.raises(TypeError, match="reward is a name"):
         make_config("emoji", reward=redness)
-    with pytest.raises(TypeError, match="anneal_lr is True or False"):
-        make_config("emoji", anneal_lr=1)
+    with pytest.raises(TypeError, match="log_updates is True or False"):
+        make_config("emoji", log_updates=1)
     with pytest.raises(TypeError, match="not a str"):
         train(make_config("emoji"), "emoji", lambda: "a fox", redness)
     pipe = twin("sd2")

@@ -368,7 +368,7 @@ def test_the_command(twins, tmp_path):
     card = (tmp_path / "runs" / "x" / "pipeline" / "README.md").read_text("utf-8")
     assert "Trained with DRaFT (Clark et al. 2024" in card and "- draft\n" in card
     columns, *rows = (tmp_path / "runs" / "x" / "metrics.csv").read_text("utf-8").splitlines()
-    assert columns == ("epoch,reward_mean,reward_std,eval_right_animal,loss,grad_norm,skipped,"
+    assert columns == ("epoch,reward_mean,reward_std,eval_right_animal,loss,grad_norm,lr,skipped,"
                        "seconds") and len(rows) == 3
     with pytest.raises(ValueError, match="algorithm is 'draft', and a DDPOTrainer is for 'ddpo'"):
         DDPOTrainer(make_config("emoji", **TINY), twin("sd2"), lambda: "a fox", redness)
@@ -378,7 +378,7 @@ def test_the_command(twins, tmp_path):
 def test_the_reward_rises():
     "Of fresh images of the embedded model, after eight updates."
     config = make_config("emoji", algorithm="draft", num_epochs=2, draft_steps=2, draft_views=0,
-                         anneal_lr=False, num_eval_samples=96)
+                         lr_scheduler="constant", num_eval_samples=96)
     pipe, prompt_fn, reward = embedded(), make_prompt_fn(config.prompts), AnimalReward("cpu")
     prompts = fresh_prompts(config, prompt_fn)
     _, before = evaluate(config, pipe, prompts, reward)

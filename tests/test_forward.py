@@ -326,7 +326,7 @@ def test_the_command(twins, tmp_path):
     columns, *rows = (tmp_path / "runs" / "x" / "metrics.csv").read_text("utf-8").splitlines()
     assert len(rows) == 3 and columns == (
         "epoch,reward_mean,reward_std,eval_right_animal,loss,grad_norm,policy_change,"
-        "clip_fraction,skipped,seconds")
+        "clip_fraction,lr,skipped,seconds")
 
 
 @pytest.mark.slow

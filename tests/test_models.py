@@ -82,6 +82,33 @@ def test_same_pictures_as_plain_diffusers(name, twins):
         if guidance > 1: assert abs(pictures - drawn(PROMPTS, 9.0)).max() > 1
 
 
+@pytest.mark.parametrize("name", [name for name in TWINS if not name.startswith("flux")])
+def test_negative_prompts_as_in_plain_diffusers(name, twins):
+    "Guided away from one, or from the empty text, which for XL is not the same as from nothing."
+    ours, theirs = opened(twins[name]), plain(twins[name], name)
+    if name in ("sd2", "sdxl"): theirs.scheduler = ddim_scheduler(theirs.scheduler.config)
+    drawn = {}
+    for negative in (None, "", "a whale, blurred"):
+        policy, (latents, _) = sample(PROMPTS, ours, 3, 3.0, 1e-6, (32, 32), noise(1),
+                                      negative_prompt=negative)
+        drawn[negative] = policy.decode(latents[-1]).astype(int)
+        expected = theirs(PROMPTS, height=32, width=32, guidance_scale=3.0, output_type="np",
+                          num_inference_steps=3, generator=noise(1),
+                          negative_prompt=None if negative is None else [negative] * 2).images
+        assert abs(drawn[negative] - np.round(expected * 255)).max() <= 1
+    assert abs(drawn[None] - drawn["a whale, blurred"]).max() > 1
+    assert (abs(drawn[None] - drawn[""]).max() > 1) == (name == "sdxl")
+
+
+def test_what_negative_prompts_cannot_do(twins):
+    "Refused without guidance, and for a model that is never called without the prompt."
+    with pytest.raises(ValueError, match="negative_prompt has no effect without guidance, and cfg"):
+        make_config("emoji", negative_prompt="blurred")
+    flux = opened(twins["flux-dev"])
+    with pytest.raises(ValueError, match="negative_prompt has no effect on this model"):
+        sample(PROMPTS, flux, 2, 3.0, 1.0, (32, 32), negative_prompt="blurred")
+
+
 def tiny_run(**changes):
     return make_config("blog", **dict(
         num_epochs=2, num_samples_per_epoch=4, batch_size=2, num_timesteps=3, img_size=32,

@@ -219,3 +219,15 @@ def test_the_rehearsal():
     assert done.returncode == 0, done.stderr
     assert "picture (1, 128, 128, 3)" in done.stdout
     assert "gradients are finite in 256 tensors of the adapter" in done.stdout
+
+
+@pytest.mark.slow
+def test_flux_fits_a_card_of_24_gigabytes():
+    "The preset for it, with 1.5 GB for driver and PyTorch; without four bits it does not."
+    config = make_config("flux_24gb")
+    plan, whole = make_plan(config), make_plan(replace(config, load_in_4bit=False))
+    assert plan.memory / 1e9 + 1.5 < 25.8 < whole.memory / 1e9
+    assert plan.trained == whole.trained and plan.frozen == whole.frozen
+    assert plan.training == pytest.approx(whole.training, rel=0.01)
+    assert "RTX 4090, 24 GB" in next(line for line in plan_text(config, plan).splitlines()
+                                     if "4090" in line and "does not fit" not in line)

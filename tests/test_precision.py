@@ -11,19 +11,28 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ddpo_scratch.command import run
+from ddpo_scratch.command.architectures import FourBits, configurations, models
+from ddpo_scratch.command.cli import prepare
 from ddpo_scratch.command.run import plain_reward
 from ddpo_scratch.models.families import network_of
+from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.trainer import ddpo, evaluation
 from ddpo_scratch.trainer.checkpoints import state_from_dict, state_to_dict
 from ddpo_scratch.trainer.ddpo import DDPOTrainer
 from ddpo_scratch.trainer.evaluation import evaluate
 from ddpo_scratch.trainer.gradient import Objective, Samples, add_gradient, step_losses
+from ddpo_scratch.trainer.lora import save_lora
 from ddpo_scratch.trainer.policy import Policy
-from ddpo_scratch.trainer.precision import averages_bytes, make_optimizer, on_the_cpu
+from ddpo_scratch.trainer.precision import (
+    averages_bytes,
+    loading_options,
+    make_optimizer,
+    on_the_cpu,
+)
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.trainer.rollout import PromptCache
-from ddpo_scratch.trainer.trainer import TrainingState
-from helpers import embedded, fake_gpu, flat, redness, sample, train, twin
+from ddpo_scratch.trainer.trainer import TrainingState, check_run
+from helpers import embedded, fake_gpu, flat, opened, redness, sample, train, twin
 
 PROMPTS = ["a fox", "an owl"]
 
@@ -216,6 +225,81 @@ def test_averages_in_eight_bits():
     with patch("importlib.util.find_spec", return_value=None):
         with pytest.raises(ValueError, match=r"pip install 'ddpo_scratch\[bitsandbytes\]'"):
             train(config, twin("sd2"), make_prompt_fn(config.prompts), redness)
+
+
+@contextmanager
+def quantizing_on_the_cpu():
+    "diffusers quantizes on a GPU only, where bitsandbytes does on a CPU, too."
+    pytest.importorskip("bitsandbytes")
+    from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB4BitDiffusersQuantizer as kind
+    with patch.object(kind, "validate_environment"), patch.object(
+            kind, "update_device_map", lambda self, device_map: {"": "cpu"}): yield
+
+
+@pytest.mark.parametrize("name", ("sdxl", "flux-dev"))
+def test_frozen_weights_in_four_bits(name, twins, tmp_path):
+    "The gradient is that of the weights which the four bits stand for; these stay as they are."
+    config = make_config("blog", **SMALL, load_in_4bit=True, lora_rank=2, lr=1e-2, cfg=1.0, eta=0.7)
+    part = network_of(opened(twins[name]))
+    with quantizing_on_the_cpu():
+        pipe = load_pipeline(twins[name], "cpu", **loading_options(
+            config, "transformer" if name == "flux-dev" else "unet"))
+    network, exact = network_of(pipe), network_of(opened(twins[name]))
+    with pytest.raises(ValueError, match="load_in_4bit is False, and the network is in 4 bits"):
+        check_run(replace(config, load_in_4bit=False), pipe)
+    with pytest.raises(ValueError, match="load_in_4bit is True, and the network is not: give"):
+        check_run(config, opened(twins[name]))
+    import bitsandbytes
+    layers = {path: layer for path, layer in network.named_modules()
+              if isinstance(layer, bitsandbytes.nn.Linear4bit)}
+    linear = {path: layer for path, layer in part.named_modules()
+              if type(layer) is torch.nn.Linear}
+    assert layers and layers.keys() == linear.keys()
+    for path, layer in layers.items():  # the reference: an ordinary network with these weights
+        weight = bitsandbytes.functional.dequantize_4bit(
+            layer.weight.data, layer.weight.quant_state)
+        original = linear[path].weight
+        assert 0.01 < (weight - original).norm() / original.norm() < 0.15
+        exact.get_submodule(path).weight.data = weight.float()
+    plain = opened(twins[name])
+    setattr(plain, "transformer" if name == "flux-dev" else "unet", exact)
+    gradients, kept = [], {path: layer.weight.data.clone() for path, layer in layers.items()}
+    for one, changes in ((pipe, {}), (plain, dict(load_in_4bit=False))):
+        trainer = DDPOTrainer(replace(config, **changes), one, lambda: "a fox", redness)
+        torch.manual_seed(0)
+        for path, weight in network_of(one).named_parameters():
+            if "lora_B" in path: weight.data.normal_(0, 0.1)
+        real = trainer.state.optimizer.step
+        def step(*rest, one=one, real=real):
+            if len(gradients) < 1 + (one is plain): gradients.append(gradient(network_of(one)))
+            return real(*rest)
+        trainer.state.optimizer.step = step
+        trainer.train()
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * gradients[1].abs().max().item())
+    assert gradients[0].abs().max() > 0
+    for path, layer in network.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            assert torch.equal(layer.weight.data, kept[path.replace(".base_layer", "")])
+    save_lora(pipe, tmp_path)
+    opened(twins[name]).load_lora_weights(tmp_path)
+
+    held = sum(layer.weight.nbytes + layer.weight.quant_state.absmax.nbytes
+               for layer in layers.values())
+    planned = [layer for layer in models(replace(config, pipeline=str(twins[name])), configurations(
+        str(twins[name])))[0].modules() if isinstance(layer, FourBits)]
+    assert len(planned) == len(layers)
+    assert held == sum(layer.weight.nbytes + layer.scales.nbytes for layer in planned)
+
+
+def test_four_bits_are_refused_where_they_cannot_be(tmp_path):
+    "Without an adapter; by the command on a CPU, before anything is loaded or written."
+    with pytest.raises(ValueError, match="load_in_4bit is for frozen weights"):
+        make_config("emoji", load_in_4bit=True)
+    pytest.importorskip("bitsandbytes")
+    argv = ["--lora_rank=2", "--load_in_4bit", "--device=cpu"]
+    with pytest.raises(ValueError, match="load_in_4bit needs a GPU"):
+        prepare(argv, tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_eight_bits_are_resumed_bit_by_bit():

@@ -439,4 +439,4 @@ def test_the_command(twins, folder):
     assert f"trained on the preferences in `{folder.name}`" in card and str(folder) not in card
     columns, *rows = (folder / "runs" / "x" / "metrics.csv").read_text("utf-8").splitlines()
     assert len(rows) == 3 and columns == (
-        "epoch,reward_mean,reward_std,loss,grad_norm,implicit_accuracy,ref_kl,skipped,seconds")
+        "epoch,reward_mean,reward_std,loss,grad_norm,implicit_accuracy,ref_kl,lr,skipped,seconds")

@@ -163,7 +163,7 @@ def test_metrics_of_an_epoch():
         return train(config, pipe, lambda: "a fox", redness), (flat(pipe) - start).norm()
     free, _ = run()
     columns = {"epoch", "reward_mean", "reward_std", "loss", "grad_norm", "clip_fraction",
-               "approx_kl", "max_log_ratio", "skipped", "seconds"}
+               "approx_kl", "max_log_ratio", "lr", "skipped", "seconds"}
     assert all(set(row) == columns and row["skipped"] == 0 for row in free)
     assert all(row["max_log_ratio"] < 1e-4 and row["grad_norm"] > 0 for row in free)
     assert free[1]["approx_kl"] > 0 and 0 < free[1]["clip_fraction"] < 1
@@ -205,18 +205,22 @@ def test_the_reference_has_no_dropout():
     assert row["ref_kl"] == 0
 
 
-def test_learning_rate_falls_in_a_straight_line():
-    "Four epochs of one update each; without annealing the rate stays."
+def test_learning_rate_follows_the_schedule():
+    "Four epochs of one update each: by the formulas of the schedules, also in the metrics."
     real, seen = torch.optim.AdamW.step, []
     def watched(self, *rest):
         seen.append(self.param_groups[0]["lr"])
         return real(self, *rest)
     with patch.object(torch.optim.AdamW, "step", watched):
-        for anneal_lr in (True, False):
+        told = []
+        for name, warm_up in (("linear", 0), ("constant", 0), ("cosine", 2),
+                              ("constant_with_warmup", 2)):
             config = make_config("emoji", **TINY | dict(num_epochs=4, batch_size=7), lr=8e-4,
-                                 anneal_lr=anneal_lr)
-            train(config, twin("sd2"), lambda: "a fox", redness)
-    np.testing.assert_allclose(seen, [8e-4, 6e-4, 4e-4, 2e-4] + [8e-4] * 4)
+                                 lr_scheduler=name, lr_warmup_steps=warm_up)
+            told += [row["lr"] for row in train(config, twin("sd2"), lambda: "a fox", redness)]
+    expected = [8e-4, 6e-4, 4e-4, 2e-4] + [8e-4] * 4 + [0, 4e-4, 8e-4, 4e-4] + [0, 4e-4, 8e-4, 8e-4]
+    np.testing.assert_allclose(seen, expected)
+    np.testing.assert_allclose(told, expected)
 
 
 # Numbers that are none: they must stop the run before they reach the weights, a reward or a file.

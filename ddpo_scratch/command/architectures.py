@@ -89,6 +89,44 @@ def configurations(
                          f"download: {', '.join(EMBEDDED)}, {', '.join(SHIPPED)}.") from error
 
 
+class FourBits(torch.nn.Linear):
+    "A frozen layer as bitsandbytes keeps it: four bits a weight, and a scale for each 64."
+
+    def __init__(self, layer: torch.nn.Linear):
+        super().__init__(layer.in_features, layer.out_features, False)
+        count = layer.weight.numel()
+        self.weight = torch.nn.Parameter(torch.empty(-(-count // 2), dtype=torch.uint8), False)
+        self.register_buffer("scales", torch.empty(-(-count // 64), dtype=torch.uint8))
+        self.bias, self.type = layer.bias, layer.weight.dtype
+
+    def forward(self, x):
+        return InFourBits.apply(x, self.bias, self.out_features, self.type)
+
+
+class InFourBits(torch.autograd.Function):
+    "A product with a matrix that exists while it is needed, here and in the backward pass."
+    @staticmethod
+    def forward(ctx, x, bias, outputs, dtype):
+        ctx.matrix = (outputs, x.shape[-1]), dtype
+        matrix = x.new_empty(*ctx.matrix[0], dtype=dtype)
+        return torch.nn.functional.linear(x.to(dtype), matrix, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        shape, dtype = ctx.matrix
+        return gradient.to(dtype) @ gradient.new_empty(shape, dtype=dtype), None, None, None
+
+
+def in_four_bits(
+    module: torch.nn.Module,
+) -> torch.nn.Module:
+    "The module with all linear layers as `FourBits`."
+    for parent in [*module.modules()]:
+        for name, layer in [*parent.named_children()]:
+            if type(layer) is torch.nn.Linear: setattr(parent, name, FourBits(layer))
+    return module
+
+
 def build(
     kind: type,        # of the UNet or transformer, or one of transformers' text encoders
     settings: dict,    # its configuration
@@ -109,7 +147,9 @@ def models(
     made: Made,
 ) -> tuple:  # trained network, reference of the KL penalty or None, VAE, text encoders
     "The pipeline's modules on the meta device, with shapes and types but without contents."
-    def network(): return build(made.family.network_class, made.network, config)
+    def network():
+        built = build(made.family.network_class, made.network, config)
+        return in_four_bits(built) if config.load_in_4bit else built
     with torch.device("meta"):
         trained, vae = network(), AutoencoderKL.from_config(made.vae).eval()
         text_encoders = [build(getattr(transformers, name), settings, config)

@@ -26,7 +26,7 @@ CARD = """---
 # {pipeline}, trained on {trained_on}
 
 Trained with {method} by `ddpo_scratch`. On {num_eval_samples} prompts from
-`{prompts}`, each with the same noise before and after:
+`{asked}`, each with the same noise before and after:
 
 {verdict}
 
@@ -83,7 +83,7 @@ def model_card(
     is_embedded = config.pipeline in EMBEDDED
     base = "path/to/" * Path(config.pipeline).is_absolute() + without_folders(config.pipeline)
     config = replace(config, **{name: without_folders(getattr(config, name)) for name in (
-        "pipeline", "prompts", "reward", "eval_rewards", *FOLDERS)})
+        "pipeline", "prompts", "eval_prompts", "reward", "eval_rewards", *FOLDERS)})
     parts = "".join(f", {part}=None" for part in ("text_encoder_3", "tokenizer_3")
                     if getattr(pipe, part, "") is None)  # diffusers has to be told
     in_16_bits = lora and config.mixed_precision != "no"
@@ -108,19 +108,22 @@ def model_card(
         theirs = "`diffusers` has its own, without noise"
     return CARD.format(
         **asdict(config), **dict(zip(("height", "width"), config.sides)),
-        arithmetic="fp32" if config.mixed_precision == "no" else config.mixed_precision,
+        arithmetic=("fp32" if config.mixed_precision == "no" else config.mixed_precision)
+        + ", over weights in 4 bits (nf4)" * config.load_in_4bit,
         head=ModelCardData(
             base_model=config.pipeline if is_hub else None, library_name="diffusers",
             tags=["text-to-image", "stable-diffusion" if name.startswith("Stable") else "flux",
                   "reinforcement-learning", config.algorithm, *["lora"] * lora]).to_yaml(),
-        method=ALGORITHMS[config.algorithm],
+        method=ALGORITHMS[config.algorithm], asked=config.eval_prompts or config.prompts,
         trained_on=f"the preferences in `{config.preferences}`" if config.preferences
         else f"the reward `{config.reward}`",
         opening="\n".join(lines), example=run["prompts"][0],
         sampler=sampler_of(config, flow),
         this="this" if usual else f"that sampling;\n{theirs}",
         eta_argument="" if flow else f" eta={config.eta},",
-        calling="".join(f", {key}={value}" for key, value in family_of(pipe).calling(pipe).items()),
+        calling="".join(f", {key}={value!r}" for key, value in (
+            family_of(pipe).calling(pipe) | ({} if config.negative_prompt is None else {
+                "negative_prompt": config.negative_prompt})).items()),
         verdict="\n".join(f"- {line}" for line in verdict.splitlines()),
         settings=as_yaml(asdict(config)))
 

@@ -21,7 +21,8 @@ from .folder import check_run_name, kept, run_folder
 from .plan import all_rewards, make_plan, plan_text
 from .run import TRAINERS, run_training
 from .watch import column_of
-from ..pipelines import load_pipeline
+from ..models.families import family_in
+from ..pipelines import default_device, load_pipeline, pipeline_source
 from ..rewards import Scorer
 from ddpo_scratch.scorers.names import (
     absolute_name,
@@ -34,9 +35,10 @@ from ddpo_scratch.scorers.names import (
 )
 from ..trainer.checkpoints import Stopped
 from ..trainer.config import TrainerConfig
-from ..trainer.precision import frozen_type
-from ..trainer.presets import make_prompt_fn
+from ..trainer.precision import frozen_type, loading_options
+from ..trainer.presets import make_eval_prompt_fn, make_prompt_fn
 from ..trainer.processes import from_the_first, print_once, processes
+from ..trainer.setting_checks import check_installed
 from ..trainer.trainer import check_run
 
 # %% ../../nbs/practice/13_command.ipynb 35
@@ -65,7 +67,7 @@ def prepare(
         raise ValueError(f"device {config.device!r} is one, and each of the "
                          f"{processes().num_processes} processes has its own: give 'cuda' or none.")
     prompt_fn = make_prompt_fn(config.prompts)
-    check_prompts(config, prompt_fn)
+    for one in (prompt_fn, make_eval_prompt_fn(config, prompt_fn)): check_prompts(config, one)
     from_the_first(lambda: check_run_name(name, runs))
     for reward in all_rewards(config): file_of(reward)
     column_of(config.best_by, reward_weights(config.eval_rewards) if config.eval_rewards else ())
@@ -75,7 +77,14 @@ def prepare(
     for reward in all_rewards(config):
         if ".py:" in reward: print_once(f"running the code in {absolute_name(reward)}")
         find_reward(reward)
-    pipe = load_pipeline(config.pipeline, config.device, frozen_type(config))
+    options = {}
+    if config.load_in_4bit:
+        check_installed("bitsandbytes", "load_in_4bit")
+        if default_device(config.device).type == "cpu":
+            raise ValueError("load_in_4bit needs a GPU: diffusers quantizes there only. Leave it "
+                             "out; --plan computes its memory without one.")
+        options = loading_options(config, family_in(pipeline_source(config.pipeline))[0].network)
+    pipe = load_pipeline(config.pipeline, config.device, frozen_type(config), **options)
     check_run(config, pipe)
     try:
         reward_fn = make_reward(config.reward, pipe.device, config.scale_rewards, prompt_fn)

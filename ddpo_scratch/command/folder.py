@@ -104,6 +104,8 @@ def what_ran(
         prompts=next((name for name, fn in PROMPTS.items() if fn is prompt_fn),
                      str(prompt_fn.path.absolute()) if isinstance(prompt_fn, PromptFile) else
                      called(prompt_fn)),
+        eval_prompts=config.eval_prompts if config.eval_prompts in (None, *PROMPTS) else
+        str(Path(config.eval_prompts).absolute()),
         reward=named(reward_fn),
         scale_rewards=getattr(reward_fn, "scaled", config.scale_rewards),
         eval_rewards=",".join(map(named, eval_rewards.values())) or None,
@@ -182,11 +184,11 @@ def fingerprint(
 def sources(
     config: TrainerConfig,
     pipe: DiffusionPipeline,  # untrained
-    prompt_fn: Callable,
+    prompts: Mapping[str, Callable],  # what draws them, by the name of the setting
 ) -> dict[str, str]:  # SHA-256, by name
     "What a run begins with, and a resumed one has to find again: weights and files."
-    found = {"untrained_unet": fingerprint(network_of(pipe))}
-    if isinstance(prompt_fn, PromptFile): found["prompts"] = sha256_of(prompt_fn.path)
+    found = {"untrained_unet": fingerprint(network_of(pipe))} | {
+        name: sha256_of(fn.path) for name, fn in prompts.items() if isinstance(fn, PromptFile)}
     if config.preferences:
         found["preferences"] = sha256_of(Path(config.preferences) / "preferences.jsonl")
     return found

@@ -6,7 +6,7 @@
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
+import numpy as np
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 
 from ddpo_scratch.trainer.config import TrainerConfig
@@ -22,24 +22,40 @@ class Log:
         run_id: str,         # the same when a run is resumed
         done: int,           # epochs finished; TensorBoard discards entries of later ones
     ):
-        self.tracker, self.form = None, {}
+        self.tracker, self.show = None, None
         if config.log_with is None:
             return
         if config.log_with == "tensorboard":
             self.tracker = TensorBoardTracker("tensorboard", folder, purge_step=done + 1)
-            self.form = {"dataformats": "NHWC"}
+            self.show = self.on_board
         else:
-            self.tracker = WandBTracker("ddpo_scratch", name=folder.name, dir=str(folder),
-                                        id=run_id, resume="allow", config=asdict(config))
+            self.tracker = WandBTracker(
+                config.tracker_project_name, name=folder.name, dir=str(folder), id=run_id,
+                resume="allow", config=asdict(config))
+            self.show = self.on_wandb
         self.tracker.start()
 
-    def epoch(self, row: dict, pictures: torch.Tensor | None, evaluation: dict) -> None:
+    def epoch(
+        self,
+        row: dict,         # of metrics.csv
+        pictures: dict[str, np.ndarray],  # uint8, [H, W, 3], by prompt; may be empty
+        evaluation: dict,  # means of its scores; may be empty
+    ) -> None:
         if self.tracker:
             row = row | {f"evaluation/{name}": value for name, value in evaluation.items()}
             self.tracker.log({key: value for key, value in row.items() if key != "epoch"},
                              step=row["epoch"])
-            if pictures is not None:
-                self.tracker.log_images({"progress": pictures.numpy()}, row["epoch"], **self.form)
+            if pictures: self.show(pictures, row["epoch"])
+
+    def on_board(self, pictures: dict[str, np.ndarray], step: int) -> None:
+        "A tag for each prompt: TensorBoard has no captions."
+        self.tracker.log_images({f"progress/{prompt}": picture[None] for prompt, picture
+                                 in pictures.items()}, step, dataformats="NHWC")
+
+    def on_wandb(self, pictures: dict[str, np.ndarray], step: int) -> None:
+        import wandb  # here: it is optional
+        self.tracker.log({"progress": [wandb.Image(picture, caption=prompt) for prompt, picture
+                                       in pictures.items()]}, step=step)
 
     def close(self) -> None:
         if self.tracker: self.tracker.finish()

@@ -17,7 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .architectures import Made, configurations, models, move_here
+from ddpo_scratch.command.architectures import (
+    FourBits,
+    Made,
+    configurations,
+    models,
+    move_here,
+)
 from ..models.conditioning import Conditioning
 from ..sampling import Schedule
 from ..scorers.names import reward_weights
@@ -161,6 +167,7 @@ def work_of(
     "The `Work` of a configuration, built once for all configurations with the same steps."
     made, adapter = configurations(config.pipeline), (config.lora_rank, config.lora_targets)
     key = repr((made, config.img_size, config.cfg > 1, config.mixed_precision, adapter,
+                config.load_in_4bit,
                 config.gradient_checkpointing, config.beta > 0,
                 (config.algorithm, config.draft_steps)))
     if key not in WORKS: WORKS[key] = Work(config, made)
@@ -207,9 +214,12 @@ def make_plan(
 ) -> Plan:
     "Calculate the memory and operations of a run. Loads no weights."
     work = work_of(config)
-    def count(*modules, size=lambda p: 1):
-        return sum(size(p) * p.numel() for module in modules for p in module.parameters())
-    def size(*modules): return count(*modules, size=torch.Tensor.element_size)
+    def count(*modules):  # two weights of four bits are one byte
+        return sum(p.numel() * (1 + (p.dtype == torch.uint8))
+                   for module in modules for p in module.parameters())
+    def size(*modules):
+        return sum(x.nbytes for module in modules for x in [*module.parameters(), *(
+            part.scales for part in module.modules() if isinstance(part, FourBits))])
     others = [work.vae, *work.text_encoders]
     trained = sum(p.numel() for p in work.network.parameters() if p.requires_grad)
     epoch = config.num_samples_per_epoch

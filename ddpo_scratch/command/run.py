@@ -3,6 +3,7 @@
 
 # %% ../../nbs/practice/13_command.ipynb 18
 "A run: evaluate, train, evaluate again, and save the results in a folder."
+import csv
 import inspect
 import secrets
 from collections.abc import Callable, Mapping
@@ -10,6 +11,7 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
@@ -60,6 +62,7 @@ from ddpo_scratch.trainer.lora import adapters_of
 from ddpo_scratch.trainer.policy import Ruined
 from ddpo_scratch.trainer.precision import arithmetic, in_its_own_type, on_the_cpu
 from ddpo_scratch.trainer.preferences import DPOTrainer
+from ddpo_scratch.trainer.presets import make_eval_prompt_fn
 from ddpo_scratch.trainer.processes import from_the_first, gathered, print_once
 from ddpo_scratch.trainer.rollout import sampling_batches
 from ddpo_scratch.trainer.trainer import TrainingState, check_run, policy_of
@@ -95,6 +98,11 @@ class Progress:
 
     def after(self, epoch: int, ends: bool) -> None:
         if epoch in self.shown or ends: self.draw(f"epoch {epoch}")
+
+    def after_epoch(self, epoch: int) -> dict[str, np.ndarray]:  # uint8, [H, W, 3]
+        "The images that were drawn after this epoch, by prompt."
+        drawn = self.images.get(f"epoch {epoch}")
+        return {} if drawn is None else dict(zip(self.prompts, drawn.numpy()))
 
 # %% ../../nbs/practice/13_command.ipynb 20
 def plain_reward(
@@ -184,6 +192,21 @@ TRAINERS = {kind.algorithm: kind for kind in (
     DDPOTrainer, DRaFTTrainer, NFTTrainer, AWMTrainer, DPOTrainer)}
 
 
+def write_updates(
+    folder: Path,         # of the run; gets updates.csv
+    epoch: int,           # whose updates these are; rows of it, and of later ones, are replaced
+    updates: list[dict],  # what was measured at each
+) -> None:
+    "Add the updates of an epoch to the table."
+    path, rows = folder / "updates.csv", []
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
+    rows += [{"epoch": epoch, "update": number} | update
+             for number, update in enumerate(updates, 1)]
+    write_file(path, csv_text(rows))
+
+
 def curve(
     config: TrainerConfig,
     history: list[dict],
@@ -211,6 +234,7 @@ def run_training(
     `KeyboardInterrupt`. On an error other than `Ruined`, it saves a checkpoint and re-raises."""
     check_run(config, pipe)
     if eval_rewards is None: eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
+    eval_prompt_fn = make_eval_prompt_fn(config, prompt_fn)
     reward_fn, eval_rewards = all_informed(reward_fn, eval_rewards, prompt_fn)
     TRAINERS[config.algorithm].check_rewards(reward_fn, eval_rewards)
     column_of(config.best_by, eval_rewards)
@@ -221,7 +245,7 @@ def run_training(
     if resume:
         check_resumable(config, folder)
         checkpoint = from_the_first(lambda: newest_intact(folder / "checkpoints"))
-    begun_with = sources(config, pipe, prompt_fn)
+    begun_with = sources(config, pipe, {"prompts": prompt_fn, "eval_prompts": eval_prompt_fn})
     if resume and (folder / "versions.yaml").exists(): check_sources(begun_with, folder)
     with unfinished_until_the_end(folder, resume):
         if not (folder / "versions.yaml").exists():
@@ -240,7 +264,7 @@ def run_training(
             text = with_notes(config, begun, folder, len(state.history) + 1)
             write_file(folder / "config.yaml", text)
         if not checkpoint:
-            run = evaluate_before(config, pipe, prompt_fn, reward_fn, eval_rewards, folder)
+            run = evaluate_before(config, pipe, eval_prompt_fn, reward_fn, eval_rewards, folder)
         run["config"] = asdict(config)
         progress = Progress(config, pipe, run["prompts"], folder, run["progress"])
         if not run["progress"]: progress.draw("before")
@@ -251,9 +275,10 @@ def run_training(
         def on_epoch(row):
             write_file(folder / "metrics.csv", csv_text(state.history))
             write_file(folder / "reward_curve.png", curve(config, state.history))
+            if config.log_updates: write_updates(folder, row["epoch"], trainer.updates)
             ends = watch.after(row["epoch"], state)
             progress.after(row["epoch"], ends)
-            log.epoch(row, run["progress"].get(f"epoch {row['epoch']}"), watch.new(row["epoch"]))
+            log.epoch(row, progress.after_epoch(row["epoch"]), watch.new(row["epoch"]))
             ends = ends or row["epoch"] == config.num_epochs
             if row["epoch"] % config.save_every == 0 or ends: save()
             on_batch()

@@ -28,14 +28,14 @@ class Flux(StableDiffusion):
     def calling(self, pipe):
         return dict(max_sequence_length=self.tokens(pipe.transformer.config))
 
-    def encode(self, pipe, prompts, guidance_scale):
+    def encode(self, pipe, prompts, guidance_scale, negative=None):  # which it has not
         given, pooled = self.embeddings(pipe, prompts, False).values()
         rows = dict(encoder_hidden_states=given, pooled_projections=pooled)
         if self.takes_guidance(pipe):
             rows["guidance"] = given.new_full((len(prompts),), guidance_scale, dtype=torch.float32)
         return [rows]
 
-    def embeddings(self, pipe, prompts, guided):
+    def embeddings(self, pipe, prompts, guided, negative=None):
         return dict(zip(("prompt_embeds", "pooled_prompt_embeds"), pipe.encode_prompt(
             prompts, None, pipe.text_encoder.device, **self.calling(pipe))))
 

@@ -31,20 +31,27 @@ class StableDiffusion:
         "Extra arguments for the pipeline's own `__call__`."
         return {}
 
-    def encode(self, pipe, prompts: list[str], guidance_scale: float) -> list[dict]:
-        "The network's arguments for the prompts; with guidance, for empty prompts before them."
-        found = self.embeddings(pipe, prompts, guidance_scale > 1)
+    def encode(self, pipe, prompts: list[str], guidance_scale: float,
+               negative: str | None = None) -> list[dict]:
+        "The network's arguments for the prompts; with guidance, for negative ones before them."
+        found = self.embeddings(pipe, prompts, guidance_scale > 1, negative)
         halves = [found["negative_prompt_embeds"], found["prompt_embeds"]]
         return [dict(encoder_hidden_states=words) for words in halves if words is not None]
 
-    def embeddings(self, pipe, prompts: list[str], guided: bool) -> dict:
+    def embeddings(self, pipe, prompts: list[str], guided: bool, negative=None) -> dict:
         "Embeddings of the prompts, named like the arguments of the pipeline's own `__call__`."
-        found = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, guided)
+        found = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, guided,
+                                   self.repeated(negative, prompts))
         return dict(zip(("prompt_embeds", "negative_prompt_embeds"), found))
 
-    def halves(self, pipe, prompts: list[str], guided: bool) -> list[tuple]:
-        "Pairs of token and pooled embeddings: with guidance of empty prompts, then of the prompts."
-        given, without, pooled, pooled_without = self.embeddings(pipe, prompts, guided).values()
+    def repeated(self, negative: str | None, prompts: list[str]) -> list[str] | None:
+        "The negative prompt once for each prompt; None is an empty one, as the model has it."
+        return None if negative is None else [negative] * len(prompts)
+
+    def halves(self, pipe, prompts: list[str], guided: bool, negative: str | None) -> list[tuple]:
+        "Pairs of token and pooled embeddings: with guidance of negative prompts, then of prompts."
+        given, without, pooled, pooled_without = self.embeddings(
+            pipe, prompts, guided, negative).values()
         return [(without, pooled_without)] * guided + [(given, pooled)]
 
     def ask(self, factor: int, network, x, t, rows: dict) -> torch.Tensor:

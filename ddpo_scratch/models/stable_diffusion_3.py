@@ -17,13 +17,14 @@ class StableDiffusion3(StableDiffusion):
     def reads(self, pipe):
         return (pipe.tokenizer_3, 256) if pipe.text_encoder_3 else super().reads(pipe)
 
-    def encode(self, pipe, prompts, guidance_scale):
+    def encode(self, pipe, prompts, guidance_scale, negative=None):
         return [dict(encoder_hidden_states=words, pooled_projections=vector)
-                for words, vector in self.halves(pipe, prompts, guidance_scale > 1)]
+                for words, vector in self.halves(pipe, prompts, guidance_scale > 1, negative)]
 
-    def embeddings(self, pipe, prompts, guided):
+    def embeddings(self, pipe, prompts, guided, negative=None):
         return dict(zip(POOLED, pipe.encode_prompt(
-            prompts, None, None, pipe.text_encoder.device, do_classifier_free_guidance=guided)))
+            prompts, None, None, pipe.text_encoder.device, do_classifier_free_guidance=guided,
+            negative_prompt=self.repeated(negative, prompts))))
 
     def ask(self, factor, network, x, t, rows):
         return network(x, timestep=t.expand(len(x)), **rows).sample

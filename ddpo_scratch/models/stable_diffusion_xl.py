@@ -13,13 +13,14 @@ class StableDiffusionXL(StableDiffusion):
     "Stable Diffusion XL (base model)."
     pipeline = StableDiffusionXLPipeline
 
-    def encode(self, pipe, prompts, guidance_scale):
+    def encode(self, pipe, prompts, guidance_scale, negative=None):
         return [dict(encoder_hidden_states=words, added_cond_kwargs=dict(text_embeds=vector))
-                for words, vector in self.halves(pipe, prompts, guidance_scale > 1)]
+                for words, vector in self.halves(pipe, prompts, guidance_scale > 1, negative)]
 
-    def embeddings(self, pipe, prompts, guided):
+    def embeddings(self, pipe, prompts, guided, negative=None):
         return dict(zip(POOLED, pipe.encode_prompt(
-            prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=guided)))
+            prompts, device=pipe.text_encoder.device, do_classifier_free_guidance=guided,
+            negative_prompt=self.repeated(negative, prompts))))
 
     def ask(self, factor, network, x, t, rows):
         height, width = (factor * side for side in x.shape[-2:])

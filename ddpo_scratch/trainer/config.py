@@ -20,6 +20,7 @@ from .algorithms import ALGORITHMS, check_algorithm
 from ddpo_scratch.trainer.setting_checks import (
     FOLDERS,
     LORA_TARGETS,
+    SCHEDULES,
     check_alpha,
     check_fraction,
     check_hub_name,
@@ -31,6 +32,7 @@ from ddpo_scratch.trainer.setting_checks import (
     is_folder,
     is_name,
     is_switch,
+    is_text,
     one_of,
     or_none,
 )
@@ -118,6 +120,9 @@ class TrainerConfig(DDPOConfig):
         one_of("sde", "cps"))
     mixed_sampling: bool = setting(
         False, "limits", "no noise in the steps that are not trained, as in MixGRPO", is_switch)
+    negative_prompt: str | None = setting(
+        None, "limits", "what guidance leads away from, such as 'blurred'; None: the empty prompt",
+        or_none(is_text))
     buffer_size: int | None = setting(
         None, "limits", "latest rewards kept of a prompt; None: twice min_count, or 32")
     min_count: int | None = setting(
@@ -147,6 +152,9 @@ class TrainerConfig(DDPOConfig):
         or_none(check_which_steps))
     num_eval_samples: int = setting(
         128, "work", "fresh images that judge the model before and after training", check_count)
+    eval_prompts: str | None = setting(
+        None, "work", "their prompts: a file, of which each comes equally often; None: as prompts",
+        or_none(is_name))
     eval_every: int = setting(
         0, "work", "epochs from one such evaluation to the next; 0: only before and after",
         check_rank, may_change=True)
@@ -196,8 +204,12 @@ class TrainerConfig(DDPOConfig):
     lora_targets: tuple[str, ...] = setting(
         LORA_TARGETS, "learning", "ends of the names of the modules that get an adapter",
         check_targets)
-    anneal_lr: bool = setting(
-        False, "learning", "lower lr in a straight line, to 0 after the last epoch", is_switch)
+    lr_scheduler: str = setting(
+        "constant", "learning", "of lr over the updates: " + ", ".join(SCHEDULES),
+        one_of(*SCHEDULES))
+    lr_warmup_steps: int = setting(
+        0, "learning", "updates in which lr rises from 0, for other schedules than constant",
+        check_rank)
     ema_decay: float = setting(
         0.0, "learning", "average the weights; at most this share stays at an update; 0: do not",
         check_share)
@@ -216,6 +228,9 @@ class TrainerConfig(DDPOConfig):
         one_of("no", "bf16", "fp16"), may_change=False)
     gradient_checkpointing: bool = setting(
         True, "machine", "less memory in the backward pass, a third more time", is_switch)
+    load_in_4bit: bool = setting(
+        False, "machine", "the frozen weights under an adapter in 4 bits, by bitsandbytes (QLoRA)",
+        is_switch, may_change=False)
     use_8bit_adam: bool = setting(
         False, "machine", "AdamW's averages in 8 bits, by bitsandbytes: a quarter of the memory",
         is_switch, may_change=False)
@@ -232,6 +247,11 @@ class TrainerConfig(DDPOConfig):
     log_with: str | None = setting(
         None, "machine", "tensorboard or wandb beside metrics.csv; None: that alone",
         one_of(None, "tensorboard", "wandb"))
+    tracker_project_name: str = setting(
+        "ddpo_scratch", "machine", "the project in Weights & Biases; the run is called as its "
+        "folder", is_name)
+    log_updates: bool = setting(
+        False, "machine", "updates.csv has the metrics of every update", is_switch)
     push_to_hub: str | None = setting(
         None, "machine", "the result goes there, too: owner/name; a new one is private",
         or_none(check_hub_name))
@@ -289,10 +309,19 @@ def check_together(
     if not c.lora_rank and (c.lora_alpha, c.lora_targets) != (None, LORA_TARGETS):
         raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank: set that, or "
                          "leave them out.")
+    if c.load_in_4bit and not c.lora_rank:
+        raise ValueError("load_in_4bit is for frozen weights, and without an adapter all are "
+                         "trained: set lora_rank, too.")
     if c.lora_from and not c.lora_rank:
         raise ValueError("lora_from wants lora_rank, lora_alpha and lora_targets to be those of "
                          "the adapter: use make_config, which reads them from it.")
     check_algorithm(c)
+    if c.negative_prompt is not None and c.cfg <= 1:
+        raise ValueError(f"negative_prompt has no effect without guidance, and cfg is {c.cfg}: "
+                         "raise it above 1, or leave out negative_prompt.")
+    if c.lr_warmup_steps and c.lr_scheduler == "constant":
+        raise ValueError("lr_scheduler 'constant' has no warm-up: with lr_warmup_steps take "
+                         "'constant_with_warmup', or another.")
     if not c.eval_every and (c.best_by, c.patience) != ("reward", 0):
         raise ValueError("best_by and patience are about the evaluations on the way, and there are "
                          "none: set eval_every.")

@@ -8,6 +8,7 @@ __all__ = ['fresh_prompts', 'evaluate', 'verdict']
 # %% ../../nbs/practice/19_evaluation.ipynb 2
 import random
 from collections.abc import Callable, Mapping
+from itertools import cycle, islice
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from ..prompts import PromptDataset
 from .checkpoints import random_states
 from .config import TrainerConfig
 from .precision import on_the_cpu
+from .presets import PromptFile
 from .processes import from_the_first, gathered
 from ddpo_scratch.trainer.rollout import (
     PromptCache,
@@ -33,9 +35,13 @@ from ..training import EVALUATION, noise_sources
 # %% ../../nbs/practice/19_evaluation.ipynb 4
 def fresh_prompts(
     config: TrainerConfig,
-    prompt_fn: Callable[[], str],
+    prompt_fn: Callable[[], str],  # with `eval_prompts`, from `make_eval_prompt_fn`
 ) -> list[str]:  # `num_eval_samples` of them
-    "Prompts to evaluate on, from random numbers of their own; of several processes, the first's."
+    """Prompts to evaluate on: drawn from random numbers of their own, or the list of a file.
+
+    Of several processes, the first's."""
+    if config.eval_prompts and isinstance(prompt_fn, PromptFile):
+        return from_the_first(lambda: [*islice(cycle(prompt_fn.prompts), config.num_eval_samples)])
     with drawing(random_states()):
         seed = config.seed + 1_000_000
         for start in (random.seed, np.random.seed, torch.default_generator.manual_seed): start(seed)

@@ -86,6 +86,7 @@ class Policy:
     mixed_precision: str = "no"  # of the network's arithmetic: "no", "bf16" or "fp16"
     flow_sampler: str = "sde"    # of a flow model: how a step adds noise, "sde" or "cps"
     noisy_steps: tuple[int, ...] | None = None  # that add noise, rows of the schedule; None: all
+    negative_prompt: str | None = None  # what guidance leads away from; None: the empty prompt
 
     @cached_property
     def family(self) -> StableDiffusion:
@@ -139,8 +140,9 @@ class Policy:
         "What the network is told about the prompts."
         with quiet_loggers(type(self.pipe).encode_prompt.__module__,
                            "transformers.tokenization_utils_base"):
-            warn_of_long_prompts(prompts, self.pipe)
-            halves = self.family.encode(self.pipe, list(prompts), self.guidance_scale)
+            warn_of_long_prompts([*prompts, self.negative_prompt or ""], self.pipe)
+            halves = self.family.encode(
+                self.pipe, list(prompts), self.guidance_scale, self.negative_prompt)
         rows = tree_map(lambda *parts: torch.cat(parts), *halves)
         return Conditioning(rows, guided=len(halves) == 2)
 
@@ -233,6 +235,9 @@ def check_policy(
     if policy.guidance_scale > 1 and not policy.family.takes_guidance(policy.pipe):
         raise ValueError(f"guidance_scale is {policy.guidance_scale}, and this model takes none "
                          "(it was distilled to need none, like Flux schnell): set cfg to 1.")
+    if policy.negative_prompt is not None and not policy.family.guides:
+        raise ValueError("negative_prompt has no effect on this model, which is not called without "
+                         "the prompt: leave it out.")
     factor = policy.pipe.vae_scale_factor * policy.family.patch
     most = policy.network.config.get("pos_embed_max_size")  # patches that have a place
     own = policy.network.config.get("sample_size")

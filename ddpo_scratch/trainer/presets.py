@@ -114,7 +114,7 @@ PRESETS: dict[str, TrainerConfig] = {
         offload=True),
 }
 EMOJI = {  # the preset's changes for other algorithms
-    "draft": dict(num_epochs=8, lr=1e-4, anneal_lr=True, draft_views=4),
+    "draft": dict(num_epochs=8, lr=1e-4, lr_scheduler="linear", draft_views=4),
     "nft": dict(num_epochs=16, lr=1e-4, noise_levels=2, nft_beta=0.1, ema_decay=0.9),
     "awm": dict(num_epochs=16, lr=1e-4, noise_levels=2, clip_ratio=1e-3, ema_decay=0.9),
     "dpo": dict(num_epochs=16, lr=3e-5, noise_levels=2, beta=400.0, ema_decay=0.9)}
@@ -127,6 +127,8 @@ PRESETS["flux"] = replace(
     PRESETS["sd35"], pipeline="black-forest-labs/FLUX.1-dev", mixed_precision="bf16",
     num_timesteps=6, cfg=3.5, eta=0.9, beta=0.0, clip_ratio=1e-3, sample_batch_size=3,
     micro_batch_size=3)
+PRESETS["flux_24gb"] = replace(
+    PRESETS["flux"], load_in_4bit=True, sample_batch_size=1, micro_batch_size=1)
 
 # %% ../../nbs/practice/14_config.ipynb 20
 def make_prompt_fn(
@@ -143,6 +145,27 @@ def make_prompt_fn(
         return PromptFile(name)
     raise ValueError(f"unknown prompt function {name!r}. Known: {', '.join(sorted(PROMPTS))}; or a "
                      "text file with one prompt a line.")
+
+
+def make_eval_prompt_fn(
+    config: TrainerConfig,
+    prompt_fn: Callable[[], str],  # of training
+) -> Callable[[], str]:
+    """What evaluation draws its prompts from.
+
+    Their facts are added to those that rewards get from `prompt_fn`. `ValueError` if a file has
+    more prompts than `num_eval_samples`, or other facts about a prompt."""
+    if config.eval_prompts is None: return prompt_fn
+    made = make_prompt_fn(config.eval_prompts)
+    if len(getattr(made, "prompts", ())) > config.num_eval_samples:
+        raise ValueError(f"eval_prompts {config.eval_prompts!r} has {len(made.prompts)} prompts: "
+                         f"raise num_eval_samples, now {config.num_eval_samples}.")
+    if known := getattr(prompt_fn, "facts", None):
+        for prompt, row in getattr(made, "facts", {}).items():
+            if known.setdefault(prompt, row) != row:
+                raise ValueError(f"eval_prompts {config.eval_prompts!r}: the prompt {prompt!r} has "
+                                 "other facts there than among the prompts of training.")
+    return made
 
 
 def make_config(

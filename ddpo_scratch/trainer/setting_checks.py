@@ -16,6 +16,11 @@ def is_name(name, value):
                         "to run_training or DDPOTrainer.)")
 
 
+def is_text(name, value):
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is a string, not a {type(value).__name__}.")
+
+
 def is_folder(name, value):
     is_name(name, value)
     if not value: raise ValueError(f"{name} is empty: the name of a folder is wanted, or None.")
@@ -79,6 +84,7 @@ def check_targets(name, value):
         raise ValueError(f"{name} must be at least one name of a module, not {value!r}.")
 
 
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")  # diffusers' names
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four matrices of attention
 FOLDERS = ("lora_from", "preferences")  # settings that name a folder on this machine
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
+from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -62,7 +63,7 @@ def policy_of(
     "The policy that a run samples from and trains."
     noisy = tuple(config.trained_steps) if config.mixed_sampling else None
     return Policy(pipe, config.num_timesteps, config.cfg, config.eta, config.sides,
-                  config.mixed_precision, config.flow_sampler, noisy)
+                  config.mixed_precision, config.flow_sampler, noisy, config.negative_prompt)
 
 
 def check_rewards_of(
@@ -110,6 +111,10 @@ def check_run(
                          "divergence. Set beta to 0, or raise "
                          + ("draft_steps." if schedule.std.any() else "eta."))
     if config.preferences: read_preferences(config.preferences)
+    if config.load_in_4bit != getattr(network, "is_loaded_in_4bit", False):
+        how = "the network is not: give load_pipeline the loading_options of the configuration"
+        raise ValueError(f"load_in_4bit is {config.load_in_4bit}, and "
+                         + (f"{how}." if config.load_in_4bit else "the network is in 4 bits."))
     if config.use_8bit_adam: check_installed("bitsandbytes", "use_8bit_adam")
     if config.log_with: check_installed(config.log_with, f"log_with {config.log_with}")
     if config.num_samples_per_epoch < processes().num_processes:
@@ -138,6 +143,16 @@ def check_updates(
             "were damaged before, fp16 where bf16 would do.")
 
 # %% ../../nbs/practice/18_trainer.ipynb 9
+def schedule_of(
+    config: TrainerConfig,
+    updates: int,  # of the whole run
+) -> Callable[[int], float]:  # from an update's number, 0 … updates - 1, to its share of `lr`
+    "The schedule that `lr_scheduler` names."
+    optimizer = torch.optim.SGD([torch.zeros(1)], config.lr)  # it trains nothing
+    return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
+                         num_training_steps=updates).lr_lambdas[0]
+
+# %% ../../nbs/practice/18_trainer.ipynb 11
 @dataclass
 class Rollout:
     "An epoch under way, of N samples."
@@ -189,7 +204,7 @@ class TrainingState:
         self.history, self.rollout, self.is_whole = [], Rollout(), True
 
 
-# %% ../../nbs/practice/18_trainer.ipynb 11
+# %% ../../nbs/practice/18_trainer.ipynb 13
 def averages(
     rows: list[dict],  # numbers with the same names
     sizes: list[int],  # how many samples each is of
@@ -208,7 +223,7 @@ def summary(
     first = {name: updates[0][name] for name in ("max_log_ratio",) if name in updates[0]}
     return averages(*zip(*kept)) | first | {"skipped": len(updates) - len(kept)}
 
-# %% ../../nbs/practice/18_trainer.ipynb 13
+# %% ../../nbs/practice/18_trainer.ipynb 15
 class Trainer:
     """What all ways of learning from a reward share: epochs, optimizer steps, metrics.
 
@@ -237,7 +252,7 @@ class Trainer:
         self.config, self.pipe, self.reward_fn = config, pipe, reward_fn
         self.eval_rewards, self.policy = eval_rewards, policy_of(config, pipe)
         self.state = TrainingState(config, pipe) if state is None else state
-        self.cache = PromptCache(self.policy)
+        self.cache, self.updates = PromptCache(self.policy), []  # of the last epoch
         self.prompts = PromptDataset(
             prompt_fn, config.num_samples_per_epoch // config.samples_per_prompt)
         if isinstance(reward_fn, WeightedSum):
@@ -264,8 +279,8 @@ class Trainer:
         later, save in `on_epoch`: the state after the end has the average in place of the weights.
 
         A row holds epoch, reward_mean, reward_std, the means of a sum's parts (reward_…) and of
-        `eval_rewards` (eval_…), loss, grad_norm, what the algorithm measures, skipped (updates)
-        and seconds; where beta is above 0 ref_kl, too."""
+        `eval_rewards` (eval_…), loss, grad_norm, what the algorithm measures, lr, skipped
+        (updates) and seconds; where beta is above 0 ref_kl, too."""
         config, state, network = self.config, self.state, self.policy.network
         (network.enable_gradient_checkpointing if config.gradient_checkpointing
          else network.disable_gradient_checkpointing)()
@@ -275,6 +290,7 @@ class Trainer:
             scores = self.learn(epoch, on_batch)
             updates, sizes = state.rollout.updates, [*map(len, state.rollout.batches)]
             check_updates(updates, epoch + 1)
+            self.updates = updates
             rewards = scores.pop("reward")
             row = {"epoch": epoch + 1, "reward_mean": rewards.mean().item(),
                    "reward_std": rewards.std(correction=0).item(),
@@ -315,9 +331,11 @@ class Trainer:
     ) -> None:
         "An optimizer step for each batch."
         config, state, rollout = self.config, self.state, self.state.rollout
-        for group in state.optimizer.param_groups:
-            group["lr"] = config.lr * (1 - epoch / config.num_epochs if config.anneal_lr else 1)
+        count = len(rollout.batches)
+        share_of = schedule_of(config, config.num_epochs * count)
         for batch in self.bar(rollout.batches[len(rollout.updates):], "updates"):
+            lr = config.lr * share_of(epoch * count + len(rollout.updates))
+            for group in state.optimizer.param_groups: group["lr"] = lr
             state.optimizer.zero_grad()
             measured = gradient(batch)
             state.scaler.scale(torch.zeros((), device=self.policy.device))  # begins, without a part
@@ -329,7 +347,8 @@ class Trainer:
             if state.average and not skip: state.average.step(state.weights)
             state.scaler.update()
             rollout.updates.append(
-                {"loss": measured["loss"], "grad_norm": norm} | measured | {"skipped": skip})
+                {"loss": measured["loss"], "grad_norm": norm} | measured
+                | {"lr": lr, "skipped": skip})
             state.is_whole = True
             on_batch()
 

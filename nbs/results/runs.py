@@ -17,7 +17,8 @@ whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `evaluations` at 
                                                                    of one thread, elsewhere)
 
 and `flow` at `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`, N 0 and 1.
-`plans` computes what the presets for large models take.
+`plans` computes what the presets for large models take, and `comparison` makes README's figure and
+table of the algorithms from the three comparisons.
 """
 import argparse
 import csv
@@ -37,9 +38,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
-from value import ValueTrainer
 
 from ddpo_scratch.animals import load_classifier, load_judge, right_ones, share_right
 from ddpo_scratch.command.figures import csv_text, png_bytes, progress_strip
@@ -94,6 +93,19 @@ STEPS = {
     "all eight": dict(timestep_fraction=1.0),
     "the first four": dict(timestep_fraction=0.5),
 }
+
+
+def names_of_cells(
+    notebook: str,
+    *parts: str,  # each of the one cell that is meant
+) -> dict:
+    "What these cells of a chapter define: its code is there, and is not repeated here."
+    cells = json.loads((HERE.parent / notebook).read_text("utf-8"))["cells"]
+    names = {}
+    for part in parts:
+        source, = [code for cell in cells if part in (code := "".join(cell["source"]))]
+        exec(source, names)
+    return names
 
 
 class TimeIsUp(Exception):
@@ -232,8 +244,8 @@ def draft():
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(3, 1)
     for ax, (name, count) in zip(axes[1:], DRAFTS.items()):
-        config = make_config("emoji", algorithm="draft", draft_views=count, anneal_lr=False,
-                             num_epochs=40)
+        config = make_config("emoji", algorithm="draft", draft_views=count,
+                             lr_scheduler="constant", num_epochs=40)
         prompts = fresh_prompts(config, make_prompt_fn(config.prompts))[:256]
         often = sorted({*prompts}, key=lambda prompt: (-prompts.count(prompt), prompt))[:3]
         shown = [i for prompt in often
@@ -255,7 +267,7 @@ ALGORITHMS_COMPARED = {"ddpo": 3, "draft": 1, "nft": 2, "awm": 2, "dpo": 2}  # e
 
 
 def compare_algorithms(seed: int):
-    """For no chapter yet. A quarter of an hour a seed, on a machine with nothing else.
+    """Chapter 34. Eight minutes a seed, on a machine with nothing else.
 
     All keep an average of the weights here, which changes nothing in training. "right" and
     "spread" are of what the command leaves by default, which is the average for some only."""
@@ -269,6 +281,18 @@ def compare_algorithms(seed: int):
             rows.append({name: row[name] for name in ("run", "seed", "epoch", "seconds")} | dict(
                 zip(("right", "spread"), (row[name] for name in left))) | {
                     "average": average, "last": last})
+    return rows
+
+
+def comparison():
+    "The figure and the table of README, by the cells of chapter 34."
+    here = os.getcwd()
+    os.chdir(HERE)  # they read ../results
+    try:
+        names = names_of_cells("practice/34_comparison.ipynb", "def summary(")
+        figure, rows = names["shares_over_time"](), names["summary"]()
+    finally: os.chdir(here)
+    write_file(HERE.parent / "images" / "comparison.png", png_bytes(figure))
     return rows
 
 
@@ -292,12 +316,13 @@ VALUES = {"per prompt": {}, "value": dict(baseline=True),
 
 
 def compare_values(seed: int):
-    "For no chapter yet. Half an hour of one thread a seed."
+    "Chapter 33."
+    kinds = names_of_cells("practice/33_value.ipynb", "class ValueNet", "class ValueTrainer")
     rows = []
     for name, changes in VALUES.items():
         made = []
         def kind(*args):
-            made.append(type("Changed", (ValueTrainer,), changes)(*args))
+            made.append(type("Changed", (kinds["ValueTrainer"],), changes)(*args))
             return made[0]
         def explained(images, prompts):
             if not made or not made[0].explained: return {"explained": ""}
@@ -350,24 +375,7 @@ def hero():
         rows += [{"model": when, "prompt": prompt, "right": int(found)}
                  for prompt, found in zip(prompts, right)]
     write_file(HERE.parent / "images" / "hero.png", png_bytes(figure))
-    write_file(HERE.parent / "images" / "right_curve.png", png_bytes(right_curve()))
     return rows
-
-
-def right_curve():
-    "The judge's share over the epochs of the three runs, which the README shows."
-    figure = Figure(figsize=(5.5, 2.4), layout="constrained")
-    ax = figure.subplots()
-    runs = [np.genfromtxt(HERE / f"seed{seed}.csv", delimiter=",", names=True)
-            for seed in (0, 1, 2)]
-    shares = 100 * np.stack([run["eval_right_animal"] for run in runs])
-    for seed, share in enumerate(shares):
-        ax.plot(runs[0]["epoch"], share, ".", ms=4, alpha=0.6, label=f"seed {seed}")
-    ax.plot(runs[0]["epoch"][2:-2], sliding_window_view(shares.mean(0), 5).mean(1), "k", lw=2,
-            label="mean of five epochs")
-    ax.set(xlabel="epoch", ylabel="right animals, %", ylim=(40, 100))
-    ax.legend(fontsize=7, ncols=2, loc="lower right")
-    return figure
 
 
 SAMPLERS = {  # steps, eta, guidance
@@ -455,21 +463,9 @@ def flow_noise():
     return rows
 
 
-def names_of_cell(
-    notebook: str,
-    part: str,  # of the one cell that is meant
-) -> dict:
-    "What a chapter's cell defines: its code is there, and is not repeated here."
-    cells = json.loads((HERE.parent / notebook).read_text("utf-8"))["cells"]
-    source, = [code for cell in cells if part in (code := "".join(cell["source"]))]
-    names = {}
-    exec(source, names)
-    return names
-
-
 def guidance():
     "Guidance towards the classifier in place of training, and sampling without it; chapter 11."
-    names, rows = names_of_cell("tutorial/11_results.ipynb", "def guided("), []
+    names, rows = names_of_cells("tutorial/11_results.ipynb", "def guided("), []
     random.seed(0)
     prompts = list(PromptDataset(emoji_common_animal_prompts, 128))
     for strength in ("none", 0.0, 0.3, 1.0, 3.0, 10.0):
@@ -561,7 +557,7 @@ def processes():
 def plans():
     "What the presets for large models take, as they are and without offload; chapter 22."
     rows = []
-    for preset in ("sdxl", "sd35", "flux"):
+    for preset in ("sdxl", "sd35", "flux", "flux_24gb"):
         config = make_config(preset)
         plan, kept = make_plan(config), make_plan(replace(config, offload=False))
         rows.append({
@@ -573,7 +569,7 @@ def plans():
 
 
 TABLES = {function.__name__: function for function in (
-    groups, reinforce, steps, gamed, incompressible, draft, dpo_noise, hero, right,
+    groups, reinforce, steps, gamed, incompressible, draft, comparison, dpo_noise, hero, right,
     samplers, flow, flow_noise, guidance, named, processes, backgrounds, evaluations, plans)}
 TABLES |= {f"comparison{seed}": partial(compare_algorithms, seed) for seed in (0, 1, 2)}
 TABLES |= {f"{name}{seed}": partial(function, seed) for seed in (0, 1) for name, function in (
