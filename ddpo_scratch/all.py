@@ -25,4 +25,3 @@ from .trainer.preferences import *
 from .trainer.trainer import TrainingState
 from .trainer.evaluation import *
 from .command.run import run_training
-from .workshop.emoji_model import named_right

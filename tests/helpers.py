@@ -156,7 +156,7 @@ def rolled_out(config, pipe, reward_fn):
     ours = TRAINERS[config.algorithm](config, pipe, lambda: next(names), reward_fn)
     ours.roll_out(0, lambda: None)
     scores, *kept = zip(*ours.state.rollout.samples)
-    ours.weigh(torch.cat([score["reward"] for score in scores]))
+    ours.weigh({"reward": torch.cat([score["reward"] for score in scores])})
     return ours, [torch.cat(parts, dim=1) for parts in kept]
 
 

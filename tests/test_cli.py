@@ -842,8 +842,8 @@ def test_star_import_gives_the_main_names():
         "PerPromptStatTracker", "compute_loss", "clipped_surrogate", "DDPOConfig", "DDPOTrainer",
         "TrainerConfig", "make_config",
         "make_prompt_fn", "sample_and_calculate_rewards", "train", "evaluate", "fresh_prompts",
-        "verdict", "run_training", "named_right", "load_classifier", "Scorer", "PickScore",
-        "CLIPScore", "VisionJudge"}
+        "verdict", "run_training", "load_classifier", "Scorer", "PickScore", "CLIPScore",
+        "HPSScore", "VisionJudge"}
     assert not public & {"fit", "blur", "parse", "differences", "write_file", "csv_text", "augment",
                          "check_field", "to_array", "prepare", "main", "COUNTS", "TRAINING",
                          "run_folder", "check_run_name", "LORA_TARGETS", "text_of", "Command"}

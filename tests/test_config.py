@@ -27,7 +27,8 @@ def test_presets_are_the_blogs_and_its_miniature():
         draft_views=0, noise_levels=4, nft_beta=1.0, old_decay=0.0, ema_decay=0.0, preferences=None,
         flow_sampler="sde", mixed_sampling=False, eval_every=0, best_by="reward", patience=0,
         lr_warmup_steps=0, negative_prompt=None, eval_prompts=None, log_updates=False,
-        tracker_project_name="ddpo_scratch", load_in_4bit=False)
+        tracker_project_name="ddpo_scratch", load_in_4bit=False,
+        decouple_rewards=False)
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(TrainerConfig)} - set(blog) == {"seed", "device"}
     assert PRESETS["emoji"].pipeline == "emoji"

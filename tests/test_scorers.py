@@ -25,6 +25,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.scorers.scorers import (
     CLIPScore,
+    HPSScore,
     PickScore,
     VisionJudge,
     load_open_clip,
@@ -32,6 +33,10 @@ from ddpo_scratch.scorers.scorers import (
 )
 
 PROMPTS = ["a fox", "an owl", "a picture of a cat"]
+TINY_CLIP = {
+    "embed_dim": 32, "vision_cfg": {
+        "image_size": 64, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}}
 
 
 def pictures():
@@ -44,11 +49,7 @@ def test_clip_score_for_any_model():
     "Cosines in NumPy of what open_clip's own preprocessing and encoders give; weights from a file."
     for mode, how in (("shortest", "bicubic"), ("squash", "bilinear")):
         with TemporaryDirectory() as folder:
-            config = {"embed_dim": 32, "vision_cfg": {
-                "image_size": 64, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16},
-                "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2,
-                             "layers": 1}}
-            (Path(folder) / "tiny-clip.json").write_text(json.dumps(config))
+            (Path(folder) / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
             open_clip.add_model_config(folder)
             torch.manual_seed(0)
             clip, _, preprocess = open_clip.create_model_and_transforms(
@@ -75,6 +76,29 @@ def test_clip_score_for_any_model():
         assert not np.allclose(reward_fn(pictures(), PROMPTS[::-1]).numpy(), ours, atol=0.1)
     with pytest.raises(ValueError, match="CLIP tiny-clip with the weights 'none' could not be had"):
         CLIPScore("cpu", model="tiny-clip", pretrained="none").ready()
+
+
+@pytest.mark.parametrize("height, width", ((300, 400), (400, 150), (64, 64), (37, 20)))
+def test_hps_score(height, width, tmp_path):
+    "A checkpoint as HPS has it; open_clip's own preprocessing of the longest side, in NumPy."
+    (tmp_path / "tiny-clip.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(tmp_path)
+    torch.manual_seed(0)
+    clip, _, preprocess = open_clip.create_model_and_transforms(
+        "tiny-clip", image_resize_mode="longest")
+    torch.save({"epoch": 1, "state_dict": clip.state_dict()}, tmp_path / "hps.pt")
+    images = pictures()[:, :height, :width]
+    if height > 300: images = images.transpose(0, 2, 1, 3)
+    with torch.no_grad():
+        seen = clip.eval().encode_image(torch.stack(
+            [preprocess(Image.fromarray(image)) for image in images])).numpy()
+        asked = clip.encode_text(open_clip.get_tokenizer("tiny-clip")(PROMPTS)).numpy()
+    lengths = np.linalg.norm(seen, axis=1) * np.linalg.norm(asked, axis=1)
+    ours = HPSScore(tmp_path / "hps.pt", "cpu", model="tiny-clip")(images, PROMPTS).numpy()
+    np.testing.assert_allclose(ours, 100 * (seen * asked).sum(1) / lengths, atol=0.02)
+    assert np.ptp(ours) > 0.5
+    with pytest.raises(ValueError, match="none.pt' could not be had"):
+        HPSScore(tmp_path / "none.pt", "cpu", model="tiny-clip").ready()
 
 
 def test_the_activation_is_the_tags():

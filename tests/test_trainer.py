@@ -324,3 +324,32 @@ def test_arguments_of_another_kind():
         DDPOTrainer("sdxl", pipe, lambda: "a fox", redness)
     with pytest.raises(TypeError, match="eval_rewards is a dict .*not a list"):
         DDPOTrainer(config, pipe, lambda: "a fox", redness, [redness])
+
+
+def test_decoupled_rewards():
+    "GDPO's equations 4 to 6, in NumPy, for the groups of an epoch; and what is trained on it."
+    def small(images, prompts): return redness(images, prompts) / 1000
+    def large(images, prompts): return 1000.0 * images[..., 1].mean((1, 2))
+    reward_fn = WeightedSum({"small": small, "large": large}, {"small": 2.0, "large": -1.0})
+    config = make_config("emoji", **TINY | dict(num_samples_per_epoch=8, samples_per_prompt=4,
+                                                num_epochs=1), decouple_rewards=True,
+                         min_count=4, buffer_size=4)
+    names, kept = iter(["a fox", "an owl"]), []
+    class Watched(DDPOTrainer):
+        def weigh(self, scores):
+            super().weigh(scores)
+            kept.append((scores, self.state.rollout.advantages))
+    Watched(config, twin("sd2"), lambda: next(names), reward_fn).train()
+    (scores, advantages), = kept
+    total = np.zeros(8)
+    for name, weight in (("small", 2), ("large", -1)):
+        groups = scores[f"reward_{name}"].double().numpy().reshape(2, 4)
+        apart = groups - groups.mean(1, keepdims=True)
+        total += weight * (apart / np.sqrt((apart**2).mean(1, keepdims=True))).ravel()
+    expected = (total - total.mean()) / total.std()
+    np.testing.assert_allclose(advantages.numpy(), expected, atol=1e-5)
+    assert abs(np.corrcoef(expected, scores["reward"].numpy())[0, 1]) < 0.999
+    with pytest.raises(ValueError, match="decouple_rewards is for a sum of rewards, and this is"):
+        DDPOTrainer(config, twin("sd2"), lambda: "a fox", redness)
+    with pytest.raises(ValueError, match="decouple_rewards means nothing to algorithm 'draft'"):
+        make_config("emoji", algorithm="draft", decouple_rewards=True)

@@ -91,7 +91,7 @@ def prepare(
         eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device, prompt_fn)
     except TypeError as error:
         raise ValueError(str(error)) from error
-    TRAINERS[config.algorithm].check_rewards(reward_fn, eval_rewards)
+    TRAINERS[config.algorithm].check_rewards(config, reward_fn, eval_rewards)
     for part in (*parts_of(reward_fn), *eval_rewards.values()):
         if isinstance(part, Scorer): part.ready()
     if config.push_to_hub: from_the_first(lambda: make_repo(config.push_to_hub))

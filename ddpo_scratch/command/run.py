@@ -236,7 +236,7 @@ def run_training(
     if eval_rewards is None: eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
     eval_prompt_fn = make_eval_prompt_fn(config, prompt_fn)
     reward_fn, eval_rewards = all_informed(reward_fn, eval_rewards, prompt_fn)
-    TRAINERS[config.algorithm].check_rewards(reward_fn, eval_rewards)
+    TRAINERS[config.algorithm].check_rewards(config, reward_fn, eval_rewards)
     column_of(config.best_by, eval_rewards)
     if config.push_to_hub: from_the_first(lambda: make_repo(config.push_to_hub))
     folder = Path(folder)

@@ -24,7 +24,7 @@ import torch
 
 from ..checks import check_reward_fn, check_rewards, reward_name
 from ..rewards import Scorer
-from ..stat_tracker import spread_of
+from ..stat_tracker import PerPromptStatTracker, spread_of
 from ..trainer.presets import REWARDS
 
 # %% ../../nbs/practice/20_sums.ipynb 6
@@ -198,6 +198,19 @@ class WeightedSum:
         return self.total(self.parts(images, prompts))
 
 # %% ../../nbs/practice/20_sums.ipynb 20
+def decoupled(
+    weights: Mapping[str, float],        # of the parts
+    scores: dict[str, torch.Tensor],     # "reward_…" of each part, [N]
+    prompts: Sequence[str],              # N
+    tracker: PerPromptStatTracker,       # keeps the parts apart
+) -> np.ndarray:                         # advantages, float32, [N]
+    "Each part's advantages among its own, weighted, added and standardized (Liu et al. 2026)."
+    total = sum(weight * tracker.update([f"{name}: {prompt}" for prompt in prompts],
+                                        scores[f"reward_{name}"])
+                for name, weight in weights.items())
+    return (total - total.mean()) / (total.std() or 1)
+
+# %% ../../nbs/practice/20_sums.ipynb 24
 FROM_FILES = "rewards_of_"  # how the names of modules from files begin
 
 
@@ -256,7 +269,7 @@ def find_reward(
                          + (f" Did you mean {near[0]!r}?" if near else ""))
     return getattr(module, attribute)
 
-# %% ../../nbs/practice/20_sums.ipynb 21
+# %% ../../nbs/practice/20_sums.ipynb 25
 def split_weight(
     part: str,         # animal, animal:2, rewards.py:redness, rewards.py:redness:0.5
 ) -> tuple[str, str]:  # the reward's name, and its weight, "1" where none is given
@@ -290,7 +303,7 @@ def reward_weights(
         check_weight(reward, weights[reward])
     return weights
 
-# %% ../../nbs/practice/20_sums.ipynb 22
+# %% ../../nbs/practice/20_sums.ipynb 26
 def make_rewards(
     names: list[str],                    # as for `find_reward`
     device: str | torch.device | None,   # for rewards that have weights
@@ -344,7 +357,7 @@ def name_in_a_file(
                 if value is thing: return f"{module.__file__}:{attribute}"
     return None
 
-# %% ../../nbs/practice/20_sums.ipynb 23
+# %% ../../nbs/practice/20_sums.ipynb 27
 def make_reward(
     name: str,                                 # as for `reward_weights`
     device: str | torch.device | None = None,  # for rewards that have weights

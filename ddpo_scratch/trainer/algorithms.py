@@ -12,7 +12,7 @@ ALGORITHMS = {
 FORWARD = ("nft", "awm", "dpo")  # those that learn from noised images
 MEANT_FOR = {
     **dict.fromkeys(("samples_per_prompt", "num_inner_epochs", "which_steps"), ("ddpo", *FORWARD)),
-    "mixed_sampling": ("ddpo",),
+    "mixed_sampling": ("ddpo",), "decouple_rewards": ("ddpo", "nft", "awm"),
     **dict.fromkeys(("draft_steps", "draft_random", "draft_copies", "draft_views"), ("draft",)),
     "noise_levels": FORWARD, "old_decay": ("nft", "awm"), "nft_beta": ("nft",),
     "preferences": ("dpo",)}

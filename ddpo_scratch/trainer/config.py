@@ -139,6 +139,9 @@ class TrainerConfig(DDPOConfig):
         "a name, yours (rewards.py:redness), or a sum: aesthetic:1,animal:2", is_name)
     scale_rewards: bool = setting(
         True, "task", "count the parts of a sum in their own standard deviations", is_switch)
+    decouple_rewards: bool = setting(
+        False, "task", "each part of a sum has advantages of its own, which are added (GDPO)",
+        is_switch)
     eval_rewards: str | None = setting(
         None, "task", "other rewards, with commas, that are watched and not trained on",
         or_none(is_name))

@@ -10,6 +10,7 @@ import torch
 
 from ddpo_scratch.models.conditioning import Conditioning
 from ddpo_scratch.models.families import frozen_parts, text_encoders
+from ddpo_scratch.scorers.names import decoupled
 from ddpo_scratch.trainer.gradient import Objective, Samples, add_gradient, step_losses
 from ddpo_scratch.trainer.policy import Trajectory
 from ddpo_scratch.trainer.precision import on_the_cpu, warn_of_rounding
@@ -34,7 +35,7 @@ class DDPOTrainer(Trainer):
         self.roll_out(epoch, on_batch)
         scores, *kept = zip(*self.state.rollout.samples)
         scores = self.total(scores)
-        self.weigh(scores["reward"])
+        self.weigh(scores)
         kept = [torch.cat(parts, dim=1) for parts in kept]
         with on_the_cpu(self.config.offload, *frozen_parts(self.pipe)):
             self.measure(self.trial, self.config.trained_calls)
@@ -81,20 +82,23 @@ class DDPOTrainer(Trainer):
         "What their update needs."
         return trajectory
 
-    def weigh(self, rewards: torch.Tensor) -> None:
+    def weigh(self, scores: dict[str, torch.Tensor]) -> None:  # of the epoch's images, [N] each
         "Rewards to advantages; and the batches of the updates, in a new order for each pass."
         config, state, rollout = self.config, self.state, self.state.rollout
         if rollout.advantages is not None: return
-        rollout.advantages, samples = self.valued(rewards)
+        rollout.advantages, samples = self.valued(scores)
         size = config.batch_size // samples[0].numel()
         rollout.batches = [
             samples[batch] for _ in range(config.num_inner_epochs)
             for batch in equal_batches(len(samples), size, state.shuffler)]
 
-    def valued(self, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def valued(self, scores: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         "Advantages, [N]; and what updates are made of: samples' indices, [N]."
-        advantages = self.state.tracker.update(self.state.rollout.prompts, rewards)
-        return torch.from_numpy(advantages), torch.arange(len(rewards))
+        prompts, tracker = self.state.rollout.prompts, self.state.tracker
+        if self.config.decouple_rewards:
+            advantages = decoupled(self.reward_fn.weights, scores, prompts, tracker)
+        else: advantages = tracker.update(prompts, scores["reward"])
+        return torch.from_numpy(advantages), torch.arange(len(prompts))
 
     def batch_gradient(
         self,

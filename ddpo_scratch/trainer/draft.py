@@ -114,8 +114,8 @@ class DRaFTTrainer(Trainer):
     algorithm = "draft"
 
     @staticmethod
-    def check_rewards(reward_fn: Callable, eval_rewards: Mapping[str, Callable]) -> None:
-        Trainer.check_rewards(reward_fn, eval_rewards)
+    def check_rewards(config, reward_fn: Callable, eval_rewards: Mapping[str, Callable]) -> None:
+        Trainer.check_rewards(config, reward_fn, eval_rewards)
         check_differentiable(reward_fn)
 
     def learn(self, epoch: int, on_batch: Callable[[], None]) -> dict[str, torch.Tensor]:

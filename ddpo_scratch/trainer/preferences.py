@@ -75,8 +75,9 @@ class DPOTrainer(ForwardTrainer):
     def losses(self, images: Noised) -> Callable:
         return partial(preference_losses, self.policy, images, objective=self.objective)
 
-    def valued(self, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def valued(self, scores: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         "1 for preferred and −1 for rejected images, else 0, [N]; and the pairs, [P, 2]."
+        rewards = scores["reward"]
         pairs = ranked_pairs(rewards, self.config.samples_per_prompt)
         differ = pairs[rewards[pairs[:, 0]] > rewards[pairs[:, 1]]]
         advantages = torch.zeros(len(rewards))

@@ -67,10 +67,14 @@ def policy_of(
 
 
 def check_rewards_of(
+    config: TrainerConfig,
     reward_fn: Callable,
     eval_rewards: Mapping[str, Callable],
 ) -> None:
-    "`TypeError` if one cannot be called with images and prompts."
+    "`TypeError` if one cannot be called with images and prompts; `ValueError` for no sum."
+    if config.decouple_rewards and not isinstance(reward_fn, WeightedSum):
+        raise ValueError("decouple_rewards is for a sum of rewards, and this is one alone: leave "
+                         "it out.")
     if not isinstance(eval_rewards, Mapping):
         raise TypeError("eval_rewards is a dict from names to functions, not a "
                         f"{type(eval_rewards).__name__}.")
@@ -248,7 +252,7 @@ class Trainer:
             raise ValueError(f"config.algorithm is {config.algorithm!r}, and a "
                              f"{type(self).__name__} is for {self.algorithm!r}.")
         reward_fn, eval_rewards = all_informed(reward_fn, eval_rewards, prompt_fn)
-        self.check_rewards(reward_fn, eval_rewards)
+        self.check_rewards(config, reward_fn, eval_rewards)
         self.config, self.pipe, self.reward_fn = config, pipe, reward_fn
         self.eval_rewards, self.policy = eval_rewards, policy_of(config, pipe)
         self.state = TrainingState(config, pipe) if state is None else state
@@ -259,9 +263,11 @@ class Trainer:
             reward_fn.units = self.state.units = self.state.units or reward_fn.units
 
     @staticmethod
-    def check_rewards(reward_fn: Callable, eval_rewards: Mapping[str, Callable]) -> None:
+    def check_rewards(
+        config: TrainerConfig, reward_fn: Callable, eval_rewards: Mapping[str, Callable],
+    ) -> None:
         "`TypeError` or `ValueError` for rewards that this trainer cannot take."
-        check_rewards_of(reward_fn, eval_rewards)
+        check_rewards_of(config, reward_fn, eval_rewards)
 
     def learn(self, epoch: int, on_batch: Callable[[], None]) -> dict[str, torch.Tensor]:
         "One epoch; the scores of its N images by name, [N] each, \"reward\" first."
