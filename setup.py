@@ -24,7 +24,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()} | {
-        extra: [extra] for extra in ("tensorboard", "wandb", "bitsandbytes", "openai")},
+        extra: [extra] for extra in ("tensorboard", "wandb", "bitsandbytes", "openai")} | {
+        "rapidocr": ["rapidocr", "onnxruntime"]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

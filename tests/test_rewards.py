@@ -183,8 +183,8 @@ def test_rewards_by_name():
     assert make_eval_rewards(None) == {}
     assert list(make_eval_rewards("right_animal,animal", "cpu")) == ["right_animal", "animal"]
     with pytest.raises(ValueError, match="leave out the weights"): make_eval_rewards("animal:2")
-    with pytest.raises(ValueError, match="'beauty'. Known: aesthetic, animal, clip_score, "
-                                         "jpeg_compressibility, jpeg_incompressibility, pickscore"):
+    with pytest.raises(ValueError, match="'beauty'. Known: aesthetic, animal, clip_score, jpeg_"
+                                         "compressibility, jpeg_incompressibility, ocr, pickscore"):
         make_reward("beauty")
 
 

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import os
+import random
 import threading
 import time
 from contextlib import contextmanager
@@ -19,10 +20,12 @@ import open_clip
 import pytest
 import torch
 from matplotlib.cbook import get_sample_data
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from ddpo_scratch.pipelines import load_pipeline
+from ddpo_scratch.scorers.names import informed, make_reward
+from ddpo_scratch.scorers.ocr import edit_distance
 from ddpo_scratch.scorers.scorers import (
     CLIPScore,
     HPSScore,
@@ -270,3 +273,55 @@ def test_a_judge_that_stays_away():
             with pytest.raises(ValueError, match="no number from 0 to 10"): number_in(answer)
         else:
             assert number_in(answer) == number
+
+
+def slow_distance(one, other):
+    "The edit distance by its definition."
+    if not one or not other: return len(one) + len(other)
+    return min(slow_distance(one[1:], other) + 1, slow_distance(one, other[1:]) + 1,
+               slow_distance(one[1:], other[1:]) + (one[0] != other[0]))
+
+
+def test_edit_distance():
+    "Of short random words, against the definition."
+    chance = random.Random(0)
+    for _ in range(60):
+        one, other = ("".join(chance.choices("abc", k=chance.randrange(6))) for _ in range(2))
+        assert edit_distance(one, other) == slow_distance(one, other)
+    assert edit_distance("kitten", "sitting") == 3
+
+
+def written(text):
+    "An image of a text."
+    image = Image.new("RGB", (320, 96), "white")
+    ImageDraw.Draw(image).text((16, 20), text, "navy", ImageFont.load_default(44))
+    return np.asarray(image)
+
+
+def test_text_in_images():
+    "What is written is read by the real program; wrong letters count as said."
+    pytest.importorskip("rapidocr")
+    pytest.importorskip("onnxruntime")
+    reward_fn = make_reward("ocr")
+    images = np.stack([written("OPEN DAILY"), written("OPEN DAILY"), written("OPEN"), written("")])
+    prompts = ['a sign that says "open daily"'] * 4
+    rewards = reward_fn(images, prompts)
+    assert rewards[:2] == [1, 1] and rewards[2] == pytest.approx(4 / 9) and rewards[3] == 0
+    tensors = torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+    assert reward_fn(tensors, prompts) == rewards
+    assert reward_fn(images[:1], ["a sign"], [{"text": "Open"}]) == [1]
+    assert reward_fn(images[2:3], ["a sign"], [{"text": "OPQN"}]) == [0.75]
+    assert informed(reward_fn, PromptsWithText()) is not reward_fn
+    with pytest.raises(ValueError, match="which text should the image of 'a fox' show"):
+        reward_fn(images[:1], ["a fox"])
+
+
+class PromptsWithText:
+    facts = {"a sign": {"text": "open"}}
+
+
+def test_ocr_wants_its_packages():
+    "The extra that brings them."
+    with patch("importlib.util.find_spec", return_value=None):
+        with pytest.raises(ValueError, match=r"ocr needs .*pip install 'ddpo_scratch\[rapidocr\]'"):
+            make_reward("ocr")

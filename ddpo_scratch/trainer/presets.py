@@ -87,6 +87,7 @@ REWARDS = {  # the class of each
     "clip_score": "ddpo_scratch.scorers.scorers:CLIPScore",
     "jpeg_compressibility": "ddpo_scratch.rewards:JPEGCompressibility",
     "jpeg_incompressibility": "ddpo_scratch.rewards:JPEGIncompressibility",
+    "ocr": "ddpo_scratch.scorers.ocr:TextAccuracy",
     "pickscore": "ddpo_scratch.scorers.scorers:PickScore",
     "right_animal": "ddpo_scratch.animals:RightAnimal",
 }

@@ -96,10 +96,11 @@ def check_hub_name(name, value):
 
 
 def check_installed(
-    package: str,  # which the extra of the same name installs
+    package: str,
     setting: str,  # that needs it
+    extra: str | None = None,  # that installs it; None: the one of the same name
 ) -> None:
     "`ValueError` if an optional package is not installed."
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"{setting} needs the package {package}, which is not installed: "
-                         f"pip install 'ddpo_scratch[{package}]' brings it.")
+                         f"pip install 'ddpo_scratch[{extra or package}]' brings it.")
