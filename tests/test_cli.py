@@ -87,7 +87,9 @@ def opened_by_its_card(folder, base=None):
     assert "fresh images: reward" in card and (folder / "reward_curve.png").exists()
     settings = yaml.safe_load(card.split("```yaml\n")[1].split("```")[0])
     ran = yaml.safe_load((folder.parent / "config.yaml").read_text())
-    assert settings == ran | {"pipeline": Path(ran["pipeline"]).name}  # no folders of this machine
+    shown = {name: ran[name] and Path(ran[name]).name for name in (
+        "pipeline", "prompts", "eval_prompts", "reward")}
+    assert settings == ran | shown  # no folders of this machine
     return run_card(folder, base)["picture"]
 
 
@@ -428,7 +430,10 @@ def test_evaluation_has_prompts_of_its_own(flags, tmp_path):
     assert "began with other eval_prompts than the file has now" in wrong
     write("watched.jsonl", {"a bee": 7, "a fox": 8})
     wrong = called(tmp_path, *several)[1]
-    assert "the prompt 'a fox' has other facts there than among the prompts of training" in wrong
+    assert "the prompt 'a fox' has other facts in eval_prompts than in prompts" in wrong
+    (tmp_path / "words.txt").write_text("a bee")
+    wrong = called(tmp_path, *settings, "--eval_prompts=words.txt")[1]
+    assert "wants facts about all prompts, and 'a bee' has none" in wrong and "Nothing was" in wrong
     wrong = called(tmp_path, *several, "--num_eval_samples=1")[1]
     assert "has 2 prompts: raise num_eval_samples, now 1" in wrong and "Nothing was" in wrong
     wrong = called(tmp_path, *settings, "--eval_prompts=none.txt")[1]
@@ -452,10 +457,16 @@ def test_logs():
         tags = [tag for tag in events.Tags()["images"] if tag.startswith("progress/")]
         assert tags and all(len(events.Images(tag)) == 2 for tag in tags)
         folder = Path(runs) / "wb"
+        import wandb
+        real, projects = wandb.init, []
+        def begun(project, **others):
+            projects.append(project)
+            return real(project=project, **others)
         with patch.dict(os.environ, {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}):
-            run(folder, "wandb")
+            with patch("wandb.init", begun): run(folder, "wandb")
         file, = folder.glob("wandb/offline-run-*/*.wandb")
-        assert b"reward_mean" in file.read_bytes() and b"a_project" in file.read_bytes()
+        assert b"reward_mean" in file.read_bytes()
+        assert projects == ["a_project"]
         assert all(tag.removeprefix("progress/").encode() in file.read_bytes() for tag in tags)
         assert len(list(folder.glob("wandb/offline-run-*/files/media/images/*.png"))) >= 6
         with patch.dict(sys.modules, {"wandb": None}):

@@ -67,7 +67,9 @@ BAD = (("num_epochs", 0), ("batch_size", -1), ("num_timesteps", 2.5), ("img_size
        ("which_steps", 1.5), ("which_steps", "0,0"), ("which_steps", "0,8"), ("which_steps", True),
        ("which_steps", "٣"), ("which_steps", []), ("which_steps", "0 3"),
        ("which_steps", "0,3"),  # timestep_fraction is 0.75
-       ("weight_decay", float("inf")))
+       ("weight_decay", float("inf")), ("lr_scheduler", "steps"), ("lr_warmup_steps", -1),
+       ("lr_warmup_steps", 96), ("lr_warmup_steps", 3), ("tracker_project_name", "a/b"),
+       ("tracker_project_name", ""))
 
 
 def test_bad_configurations():

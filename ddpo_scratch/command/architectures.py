@@ -100,7 +100,7 @@ class FourBits(torch.nn.Linear):
         self.bias, self.type = layer.bias, layer.weight.dtype
 
     def forward(self, x):
-        return InFourBits.apply(x, self.bias, self.out_features, self.type)
+        return InFourBits.apply(x, self.bias, self.out_features, self.type).to(x.dtype)
 
 
 class InFourBits(torch.autograd.Function):

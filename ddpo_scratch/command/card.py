@@ -108,8 +108,7 @@ def model_card(
         theirs = "`diffusers` has its own, without noise"
     return CARD.format(
         **asdict(config), **dict(zip(("height", "width"), config.sides)),
-        arithmetic=("fp32" if config.mixed_precision == "no" else config.mixed_precision)
-        + ", over weights in 4 bits (nf4)" * config.load_in_4bit,
+        arithmetic="fp32" if config.mixed_precision == "no" else config.mixed_precision,
         head=ModelCardData(
             base_model=config.pipeline if is_hub else None, library_name="diffusers",
             tags=["text-to-image", "stable-diffusion" if name.startswith("Stable") else "flux",
@@ -119,7 +118,8 @@ def model_card(
         else f"the reward `{config.reward}`",
         opening="\n".join(lines), example=run["prompts"][0],
         sampler=sampler_of(config, flow),
-        this="this" if usual else f"that sampling;\n{theirs}",
+        this=("this" if usual else f"that sampling;\n{theirs}")
+        + ", and of weights in 4 bits (nf4),\nwhich are in 16 bits below" * config.load_in_4bit,
         eta_argument="" if flow else f" eta={config.eta},",
         calling="".join(f", {key}={value!r}" for key, value in (
             family_of(pipe).calling(pipe) | ({} if config.negative_prompt is None else {

@@ -15,14 +15,14 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..animals import animal_in
+from .architectures import configurations
 from .card import make_repo
 from .flags import parse
 from .folder import check_run_name, kept, run_folder
 from .plan import all_rewards, make_plan, plan_text
 from .run import TRAINERS, run_training
 from .watch import column_of
-from ..models.families import family_in
-from ..pipelines import default_device, load_pipeline, pipeline_source
+from ..pipelines import default_device, load_pipeline
 from ..rewards import Scorer
 from ddpo_scratch.scorers.names import (
     absolute_name,
@@ -35,8 +35,9 @@ from ddpo_scratch.scorers.names import (
 )
 from ..trainer.checkpoints import Stopped
 from ..trainer.config import TrainerConfig
+from ..trainer.policy import check_negative_prompt
 from ..trainer.precision import frozen_type, loading_options
-from ..trainer.presets import make_eval_prompt_fn, make_prompt_fn
+from ..trainer.presets import all_facts, make_eval_prompt_fn, make_prompt_fn
 from ..trainer.processes import from_the_first, print_once, processes
 from ..trainer.setting_checks import check_installed
 from ..trainer.trainer import check_run
@@ -67,7 +68,10 @@ def prepare(
         raise ValueError(f"device {config.device!r} is one, and each of the "
                          f"{processes().num_processes} processes has its own: give 'cuda' or none.")
     prompt_fn = make_prompt_fn(config.prompts)
-    for one in (prompt_fn, make_eval_prompt_fn(config, prompt_fn)): check_prompts(config, one)
+    asked = make_eval_prompt_fn(config, prompt_fn)
+    for one in (prompt_fn, asked): check_prompts(config, one)
+    family = configurations(config.pipeline).family
+    check_negative_prompt(family, config.negative_prompt)
     from_the_first(lambda: check_run_name(name, runs))
     for reward in all_rewards(config): file_of(reward)
     column_of(config.best_by, reward_weights(config.eval_rewards) if config.eval_rewards else ())
@@ -83,12 +87,13 @@ def prepare(
         if default_device(config.device).type == "cpu":
             raise ValueError("load_in_4bit needs a GPU: diffusers quantizes there only. Leave it "
                              "out; --plan computes its memory without one.")
-        options = loading_options(config, family_in(pipeline_source(config.pipeline))[0].network)
+        options = loading_options(config, family.network)
     pipe = load_pipeline(config.pipeline, config.device, frozen_type(config), **options)
     check_run(config, pipe)
     try:
-        reward_fn = make_reward(config.reward, pipe.device, config.scale_rewards, prompt_fn)
-        eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device, prompt_fn)
+        known = all_facts(prompt_fn, asked)
+        reward_fn = make_reward(config.reward, pipe.device, config.scale_rewards, known)
+        eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device, known)
     except TypeError as error:
         raise ValueError(str(error)) from error
     TRAINERS[config.algorithm].check_rewards(config, reward_fn, eval_rewards)

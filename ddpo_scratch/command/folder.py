@@ -220,7 +220,8 @@ def as_yaml(values: dict) -> str:
 
 def versions() -> dict:
     "Versions of Python and of packages, the platform, the GPU, and the git revision."
-    packages = ("ddpo_scratch", "torch", "diffusers", "transformers", "accelerate", "peft", "numpy")
+    packages = ("ddpo_scratch", "torch", "diffusers", "transformers", "accelerate", "peft",
+                "bitsandbytes", "numpy")
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in packages:
         with suppress(PackageNotFoundError): found[name] = version(name)

@@ -3,7 +3,6 @@
 
 # %% ../../nbs/practice/13_command.ipynb 18
 "A run: evaluate, train, evaluate again, and save the results in a folder."
-import csv
 import inspect
 import secrets
 from collections.abc import Callable, Mapping
@@ -62,7 +61,7 @@ from ddpo_scratch.trainer.lora import adapters_of
 from ddpo_scratch.trainer.policy import Ruined
 from ddpo_scratch.trainer.precision import arithmetic, in_its_own_type, on_the_cpu
 from ddpo_scratch.trainer.preferences import DPOTrainer
-from ddpo_scratch.trainer.presets import make_eval_prompt_fn
+from ddpo_scratch.trainer.presets import all_facts, make_eval_prompt_fn
 from ddpo_scratch.trainer.processes import from_the_first, gathered, print_once
 from ddpo_scratch.trainer.rollout import sampling_batches
 from ddpo_scratch.trainer.trainer import TrainingState, check_run, policy_of
@@ -192,21 +191,6 @@ TRAINERS = {kind.algorithm: kind for kind in (
     DDPOTrainer, DRaFTTrainer, NFTTrainer, AWMTrainer, DPOTrainer)}
 
 
-def write_updates(
-    folder: Path,         # of the run; gets updates.csv
-    epoch: int,           # whose updates these are; rows of it, and of later ones, are replaced
-    updates: list[dict],  # what was measured at each
-) -> None:
-    "Add the updates of an epoch to the table."
-    path, rows = folder / "updates.csv", []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < epoch]
-    rows += [{"epoch": epoch, "update": number} | update
-             for number, update in enumerate(updates, 1)]
-    write_file(path, csv_text(rows))
-
-
 def curve(
     config: TrainerConfig,
     history: list[dict],
@@ -234,8 +218,9 @@ def run_training(
     `KeyboardInterrupt`. On an error other than `Ruined`, it saves a checkpoint and re-raises."""
     check_run(config, pipe)
     if eval_rewards is None: eval_rewards = make_eval_rewards(config.eval_rewards, pipe.device)
-    eval_prompt_fn = make_eval_prompt_fn(config, prompt_fn)
-    reward_fn, eval_rewards = all_informed(reward_fn, eval_rewards, prompt_fn)
+    asked = make_eval_prompt_fn(config, prompt_fn)
+    reward_fn, eval_rewards = all_informed(
+        reward_fn, eval_rewards, all_facts(prompt_fn, asked))
     TRAINERS[config.algorithm].check_rewards(config, reward_fn, eval_rewards)
     column_of(config.best_by, eval_rewards)
     if config.push_to_hub: from_the_first(lambda: make_repo(config.push_to_hub))
@@ -245,7 +230,7 @@ def run_training(
     if resume:
         check_resumable(config, folder)
         checkpoint = from_the_first(lambda: newest_intact(folder / "checkpoints"))
-    begun_with = sources(config, pipe, {"prompts": prompt_fn, "eval_prompts": eval_prompt_fn})
+    begun_with = sources(config, pipe, {"prompts": prompt_fn, "eval_prompts": asked})
     if resume and (folder / "versions.yaml").exists(): check_sources(begun_with, folder)
     with unfinished_until_the_end(folder, resume):
         if not (folder / "versions.yaml").exists():
@@ -264,7 +249,7 @@ def run_training(
             text = with_notes(config, begun, folder, len(state.history) + 1)
             write_file(folder / "config.yaml", text)
         if not checkpoint:
-            run = evaluate_before(config, pipe, eval_prompt_fn, reward_fn, eval_rewards, folder)
+            run = evaluate_before(config, pipe, prompt_fn, reward_fn, eval_rewards, folder)
         run["config"] = asdict(config)
         progress = Progress(config, pipe, run["prompts"], folder, run["progress"])
         if not run["progress"]: progress.draw("before")
@@ -275,7 +260,7 @@ def run_training(
         def on_epoch(row):
             write_file(folder / "metrics.csv", csv_text(state.history))
             write_file(folder / "reward_curve.png", curve(config, state.history))
-            if config.log_updates: write_updates(folder, row["epoch"], trainer.updates)
+            if state.updates: write_file(folder / "updates.csv", csv_text(state.updates))
             ends = watch.after(row["epoch"], state)
             progress.after(row["epoch"], ends)
             log.epoch(row, progress.after_epoch(row["epoch"]), watch.new(row["epoch"]))

@@ -73,8 +73,8 @@ class WithFacts:
         for prompt in prompts:
             if prompt not in self.facts:
                 raise ValueError(f"{self.__name__} asks for facts about the prompt {prompt!r}, and "
-                                 "there are none. They stand beside the prompts: --prompts "
-                                 "file.jsonl.")
+                                 "there are none. They stand beside the prompts, in the .jsonl "
+                                 "files of --prompts and --eval_prompts.")
         facts = [dict(self.facts[prompt]) for prompt in prompts]
         with marking_errors(self.reward_fn): return function(images, prompts, facts)
 
@@ -111,6 +111,11 @@ def informed(
         raise ValueError(f"the reward {reward_name(reward_fn)} has three arguments, and so wants "
                          "facts about the prompts, of which there are none: give a .jsonl file "
                          "with them, --prompts file.jsonl.")
+    without = [prompt for prompt in getattr(prompt_fn, "prompts", ()) if prompt not in facts]
+    if needs_facts(reward_fn) and without:
+        raise ValueError(f"the reward {reward_name(reward_fn)} wants facts about all prompts, and "
+                         f"{without[0]!r} has none: --prompts and --eval_prompts must both be "
+                         ".jsonl files.")
     asks = signature is not None and [*signature.parameters][2:3] == ["facts"]
     return WithFacts(reward_fn, facts) if facts and (asks or needs_facts(reward_fn)) else reward_fn
 

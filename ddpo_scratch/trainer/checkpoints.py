@@ -140,7 +140,7 @@ def state_to_dict(
             "micro_batch_size": state.micro_batch_size,
             "sample_batch_size": state.sample_batch_size,
             "units": state.units, "random": state.random, "around": random_states(),
-            "history": state.history, "rollout": rollout,
+            "history": state.history, "updates": state.updates, "rollout": rollout,
             "averages": {name: one.state_dict() for name, one in averages_of(state).items()},
             "weights": [weight.detach().cpu() for weight in state.weights] if state.average else []}
 
@@ -180,6 +180,7 @@ def state_from_dict(
     state.micro_batch_size = state.micro_batch_size or saved["micro_batch_size"]
     state.shuffler.set_state(saved["shuffler"])
     state.units, state.random, state.history = saved["units"], saved["random"], saved["history"]
+    state.updates = saved.get("updates", [])  # older checkpoints have none
     for name, value in saved["rollout"].items(): setattr(state.rollout, name, value)
     for name, average in averages_of(state).items():
         average.load_state_dict(saved["averages"][name])

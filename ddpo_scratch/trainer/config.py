@@ -25,6 +25,7 @@ from ddpo_scratch.trainer.setting_checks import (
     check_fraction,
     check_hub_name,
     check_img_size,
+    check_project,
     check_rank,
     check_share,
     check_targets,
@@ -156,7 +157,7 @@ class TrainerConfig(DDPOConfig):
     num_eval_samples: int = setting(
         128, "work", "fresh images that judge the model before and after training", check_count)
     eval_prompts: str | None = setting(
-        None, "work", "their prompts: a file, of which each comes equally often; None: as prompts",
+        None, "work", "their prompts: a file, from the first on; or a name; None: as prompts",
         or_none(is_name))
     eval_every: int = setting(
         0, "work", "epochs from one such evaluation to the next; 0: only before and after",
@@ -252,7 +253,7 @@ class TrainerConfig(DDPOConfig):
         one_of(None, "tensorboard", "wandb"))
     tracker_project_name: str = setting(
         "ddpo_scratch", "machine", "the project in Weights & Biases; the run is called as its "
-        "folder", is_name)
+        "folder", check_project)
     log_updates: bool = setting(
         False, "machine", "updates.csv has the metrics of every update", is_switch)
     push_to_hub: str | None = setting(
@@ -322,6 +323,12 @@ def check_together(
     if c.negative_prompt is not None and c.cfg <= 1:
         raise ValueError(f"negative_prompt has no effect without guidance, and cfg is {c.cfg}: "
                          "raise it above 1, or leave out negative_prompt.")
+    updates = c.num_epochs * c.num_inner_epochs * -(-c.num_samples_per_epoch // c.batch_size)
+    if c.lr_warmup_steps >= updates:
+        raise ValueError(f"lr_warmup_steps {c.lr_warmup_steps}: the run has {updates} updates, so "
+                         "lr would not be reached.")
+    if c.load_in_4bit and c.compile:
+        raise ValueError("load_in_4bit and compile have not been run together: leave one out.")
     if c.lr_warmup_steps and c.lr_scheduler == "constant":
         raise ValueError("lr_scheduler 'constant' has no warm-up: with lr_warmup_steps take "
                          "'constant_with_warmup', or another.")

@@ -19,7 +19,7 @@ from ..prompts import PromptDataset
 from .checkpoints import random_states
 from .config import TrainerConfig
 from .precision import on_the_cpu
-from .presets import PromptFile
+from .presets import PromptFile, make_eval_prompt_fn
 from .processes import from_the_first, gathered
 from ddpo_scratch.trainer.rollout import (
     PromptCache,
@@ -35,11 +35,12 @@ from ..training import EVALUATION, noise_sources
 # %% ../../nbs/practice/19_evaluation.ipynb 4
 def fresh_prompts(
     config: TrainerConfig,
-    prompt_fn: Callable[[], str],  # with `eval_prompts`, from `make_eval_prompt_fn`
+    prompt_fn: Callable[[], str],  # of training; `eval_prompts` takes its place
 ) -> list[str]:  # `num_eval_samples` of them
     """Prompts to evaluate on: drawn from random numbers of their own, or the list of a file.
 
     Of several processes, the first's."""
+    prompt_fn = make_eval_prompt_fn(config, prompt_fn)
     if config.eval_prompts and isinstance(prompt_fn, PromptFile):
         return from_the_first(lambda: [*islice(cycle(prompt_fn.prompts), config.num_eval_samples)])
     with drawing(random_states()):

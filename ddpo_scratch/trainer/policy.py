@@ -223,6 +223,16 @@ def check_pipe(
     check_latents(pipe, family.network, pipe.vae.config.latent_channels * family.packed)
 
 
+def check_negative_prompt(
+    family: StableDiffusion,
+    negative_prompt: str | None,
+) -> None:
+    "`ValueError` if the model has no use for one."
+    if negative_prompt is not None and not family.guides:
+        raise ValueError("negative_prompt has no effect on this model, which is not called without "
+                         "the prompt: leave it out.")
+
+
 def check_policy(
     policy: Policy,
 ) -> None:
@@ -235,9 +245,7 @@ def check_policy(
     if policy.guidance_scale > 1 and not policy.family.takes_guidance(policy.pipe):
         raise ValueError(f"guidance_scale is {policy.guidance_scale}, and this model takes none "
                          "(it was distilled to need none, like Flux schnell): set cfg to 1.")
-    if policy.negative_prompt is not None and not policy.family.guides:
-        raise ValueError("negative_prompt has no effect on this model, which is not called without "
-                         "the prompt: leave it out.")
+    check_negative_prompt(policy.family, policy.negative_prompt)
     factor = policy.pipe.vae_scale_factor * policy.family.patch
     most = policy.network.config.get("pos_embed_max_size")  # patches that have a place
     own = policy.network.config.get("sample_size")

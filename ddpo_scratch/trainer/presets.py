@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from ddpo_scratch.prompts import (
     common_animal_prompts,
@@ -152,21 +153,27 @@ def make_eval_prompt_fn(
     config: TrainerConfig,
     prompt_fn: Callable[[], str],  # of training
 ) -> Callable[[], str]:
-    """What evaluation draws its prompts from.
-
-    Their facts are added to those that rewards get from `prompt_fn`. `ValueError` if a file has
-    more prompts than `num_eval_samples`, or other facts about a prompt."""
+    "What evaluation takes its prompts from. `ValueError` for more than `num_eval_samples`."
     if config.eval_prompts is None: return prompt_fn
     made = make_prompt_fn(config.eval_prompts)
     if len(getattr(made, "prompts", ())) > config.num_eval_samples:
         raise ValueError(f"eval_prompts {config.eval_prompts!r} has {len(made.prompts)} prompts: "
                          f"raise num_eval_samples, now {config.num_eval_samples}.")
-    if known := getattr(prompt_fn, "facts", None):
-        for prompt, row in getattr(made, "facts", {}).items():
-            if known.setdefault(prompt, row) != row:
-                raise ValueError(f"eval_prompts {config.eval_prompts!r}: the prompt {prompt!r} has "
-                                 "other facts there than among the prompts of training.")
     return made
+
+
+def all_facts(
+    *prompt_fns: Callable,  # of training, and of evaluation
+) -> SimpleNamespace:       # its `facts`, by prompt, and `prompts`, as far as they are known
+    "What rewards may be told. `ValueError` if a prompt has different facts in two files."
+    facts = {}
+    for prompt_fn in prompt_fns:
+        for prompt, row in getattr(prompt_fn, "facts", {}).items():
+            if facts.setdefault(prompt, row) != row:
+                raise ValueError(f"the prompt {prompt!r} has other facts in eval_prompts than in "
+                                 "prompts. The model sees the prompt alone, so there is one row.")
+    return SimpleNamespace(facts=facts, prompts=[
+        prompt for prompt_fn in prompt_fns for prompt in getattr(prompt_fn, "prompts", ())])
 
 
 def make_config(

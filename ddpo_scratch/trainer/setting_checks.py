@@ -95,6 +95,13 @@ def check_hub_name(name, value):
         raise ValueError(f"{name} must be a name on the hub, owner/name, not {value!r}.")
 
 
+def check_project(name, value):
+    is_text(name, value)
+    if not 1 <= len(value) <= 128 or {*value} & {*"/\\#?%:"}:
+        raise ValueError(f"{name} must have 1 to 128 letters, none of them / \\ # ? % or :, not "
+                         f"{value!r}.")
+
+
 def check_installed(
     package: str,
     setting: str,  # that needs it

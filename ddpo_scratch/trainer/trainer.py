@@ -115,7 +115,7 @@ def check_run(
                          "divergence. Set beta to 0, or raise "
                          + ("draft_steps." if schedule.std.any() else "eta."))
     if config.preferences: read_preferences(config.preferences)
-    if config.load_in_4bit != getattr(network, "is_loaded_in_4bit", False):
+    if config.lora_rank and config.load_in_4bit != getattr(network, "is_loaded_in_4bit", False):
         how = "the network is not: give load_pipeline the loading_options of the configuration"
         raise ValueError(f"load_in_4bit is {config.load_in_4bit}, and "
                          + (f"{how}." if config.load_in_4bit else "the network is in 4 bits."))
@@ -206,6 +206,7 @@ class TrainingState:
         self.units = {}  # of a `WeightedSum`
         self.random = random_states()  # of the prompts
         self.history, self.rollout, self.is_whole = [], Rollout(), True
+        self.updates = []  # with `log_updates`, those of the history's epochs
 
 
 # %% ../../nbs/practice/18_trainer.ipynb 13
@@ -256,7 +257,7 @@ class Trainer:
         self.config, self.pipe, self.reward_fn = config, pipe, reward_fn
         self.eval_rewards, self.policy = eval_rewards, policy_of(config, pipe)
         self.state = TrainingState(config, pipe) if state is None else state
-        self.cache, self.updates = PromptCache(self.policy), []  # of the last epoch
+        self.cache = PromptCache(self.policy)
         self.prompts = PromptDataset(
             prompt_fn, config.num_samples_per_epoch // config.samples_per_prompt)
         if isinstance(reward_fn, WeightedSum):
@@ -296,14 +297,17 @@ class Trainer:
             scores = self.learn(epoch, on_batch)
             updates, sizes = state.rollout.updates, [*map(len, state.rollout.batches)]
             check_updates(updates, epoch + 1)
-            self.updates = updates
             rewards = scores.pop("reward")
             row = {"epoch": epoch + 1, "reward_mean": rewards.mean().item(),
                    "reward_std": rewards.std(correction=0).item(),
                    **{name: score.mean().item() for name, score in scores.items()},
                    **summary(updates, sizes), "seconds": time.perf_counter() - start}
-            if config.beta == 0: del row["ref_kl"]
+            if config.beta == 0:
+                for one in (row, *updates): del one["ref_kl"]
             state.history.append(row)
+            if config.log_updates:
+                state.updates += [{"epoch": epoch + 1, "update": number} | update
+                                  for number, update in enumerate(updates, 1)]
             state.rollout = Rollout()
             self.print_row(row)
             if on_epoch(row) is True: break
