@@ -230,7 +230,7 @@ def test_pictures_need_not_be_square(flags, tmp_path):
     lines, wrong = called(tmp_path, "--resume", "runs/x", "--num_epochs", "3")
     assert wrong is None and any(line.startswith("epoch   3") for line in lines)
     config = parse([*flags, "--img_size", "32", "32"]).config
-    assert config.img_size == 32 and config.sides == (32, 32)
+    assert config.img_size == 32 and config.sizes == [config.eval_sides] == [(32, 32)]
     assert make_config("emoji", img_size=(np.int64(48), 32)).img_size == (48, 32)
     for bad in ((64, 60), (64,), (64, 64, 64), (64, 0), (64, 8.0), "64", 8 * 10**12):
         with pytest.raises(ValueError, match="img_size must be"): make_config("emoji", img_size=bad)

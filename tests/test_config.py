@@ -28,7 +28,7 @@ def test_presets_are_the_blogs_and_its_miniature():
         flow_sampler="sde", mixed_sampling=False, eval_every=0, best_by="reward", patience=0,
         lr_warmup_steps=0, negative_prompt=None, eval_prompts=None, log_updates=False,
         tracker_project_name="ddpo_scratch", load_in_4bit=False,
-        decouple_rewards=False)
+        decouple_rewards=False, img_sizes=None, eval_img_size=None)
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(TrainerConfig)} - set(blog) == {"seed", "device"}
     assert PRESETS["emoji"].pipeline == "emoji"
@@ -69,7 +69,8 @@ BAD = (("num_epochs", 0), ("batch_size", -1), ("num_timesteps", 2.5), ("img_size
        ("which_steps", "0,3"),  # timestep_fraction is 0.75
        ("weight_decay", float("inf")), ("lr_scheduler", "steps"), ("lr_warmup_steps", -1),
        ("lr_warmup_steps", 96), ("lr_warmup_steps", 3), ("tracker_project_name", "a/b"),
-       ("tracker_project_name", ""))
+       ("tracker_project_name", ""), ("img_sizes", "64"), ("img_sizes", "64x60"),
+       ("img_sizes", ""), ("img_sizes", 64), ("img_sizes", "64x64x64"), ("eval_img_size", 60))
 
 
 def test_bad_configurations():

@@ -2,6 +2,7 @@
 import io
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -353,3 +354,45 @@ def test_decoupled_rewards():
         DDPOTrainer(config, twin("sd2"), lambda: "a fox", redness)
     with pytest.raises(ValueError, match="decouple_rewards means nothing to algorithm 'draft'"):
         make_config("emoji", algorithm="draft", decouple_rewards=True)
+
+
+@pytest.mark.parametrize("algorithm", ("ddpo", "nft", "draft"))
+@pytest.mark.parametrize("name", ("sdxl", "flux-dev"))
+def test_epochs_of_several_sizes(algorithm, name):
+    "In turn; an epoch is that of a run of this size alone; the evaluation has a size of its own."
+    sizes, seen = [(32, 48), (48, 32), (32, 32)], []
+    class Watched(Bright):
+        def see(self, images): seen.append(tuple(images.shape[-2:]))
+    config = make_config("emoji", **TINY | dict(num_epochs=4), algorithm=algorithm, lr=1e-3,
+                         eta=0.5, img_sizes="32x48,48x32,32x32", eval_img_size=(48, 64))
+    pipe = twin(name)
+    train(config, pipe, lambda: "a fox", Watched())
+    changes = [size for size, before in zip(seen, [None, *seen]) if size != before]
+    assert changes == [*sizes, sizes[0]]
+    images, _ = evaluate(config, pipe, ["a fox"], redness)
+    assert images.shape == (1, 48, 64, 3)
+    alone, one = twin(name), replace(config, num_epochs=1, img_sizes=None, img_size=(32, 48))
+    first, again = twin(name), replace(config, num_epochs=1)
+    train(one, alone, lambda: "a fox", Bright())
+    train(again, first, lambda: "a fox", Bright())
+    torch.testing.assert_close(flat(first), flat(alone))
+
+
+class Bright(torch.nn.Module):
+    "A reward with a gradient and without weights: how bright an image is."
+    def see(self, images): pass
+
+    def differentiable(self, images, prompts):
+        self.see(images)
+        return images.flatten(1).mean(1)
+
+    def forward(self, images, prompts):
+        self.see(images.transpose(0, 3, 1, 2))
+        return images.reshape(len(images), -1).mean(1) / 255
+
+
+def test_sizes_are_checked():
+    "Each of them, and that of the evaluation: this network halves its latents twice."
+    for changes in (dict(img_sizes="32x32,32x8"), dict(eval_img_size=8)):
+        with pytest.raises(ValueError, match="img_size"):
+            DDPOTrainer(make_config("emoji", **TINY, **changes), twin("sd3"), lambda: "a", redness)

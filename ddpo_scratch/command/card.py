@@ -33,7 +33,7 @@ Trained with {method} by `ddpo_scratch`. On {num_eval_samples} prompts from
 ![the curve of the training](reward_curve.png)
 
 It was trained to draw in {num_timesteps} steps ({sampler}), guidance {cfg:g},
-{height} × {width} pixels, in {arithmetic}.
+{pixels} pixels, in {arithmetic}.
 Unless another sampler is named, the numbers above are of {this}:
 
 ```python
@@ -107,7 +107,8 @@ def model_card(
         usual = config.eta == 0 and isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
         theirs = "`diffusers` has its own, without noise"
     return CARD.format(
-        **asdict(config), **dict(zip(("height", "width"), config.sides)),
+        **asdict(config), **dict(zip(("height", "width"), config.eval_sides)),
+        pixels=" and ".join(f"{height} × {width}" for height, width in dict.fromkeys(config.sizes)),
         arithmetic="fp32" if config.mixed_precision == "no" else config.mixed_precision,
         head=ModelCardData(
             base_model=config.pipeline if is_hub else None, library_name="diffusers",

@@ -81,8 +81,9 @@ class Work:
                         if isinstance(module, torch.nn.Module)]
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         own = made.network.get("sample_size")
-        check_is_meant(min(config.sides), own * self.factor if isinstance(own, int) else 0)
-        self.sides = [side // self.factor for side in config.sides]
+        self.size = max(config.sizes, key=math.prod)
+        check_is_meant(min(self.size), own * self.factor if isinstance(own, int) else 0)
+        self.sides = [side // self.factor for side in self.size]
         self.channels = self.network.config.in_channels // self.family.packed
         self.guided = config.cfg > 1 and self.family.guides
         with torch.device("meta"):
@@ -96,7 +97,7 @@ class Work:
     def policy(self) -> Policy:
         "A policy of one step, with a schedule of the surrounding tensor mode."
         pipe = SimpleNamespace(vae_scale_factor=self.factor, vae=self.vae)
-        policy = Policy(pipe, 1, self.config.cfg, self.config.eta, self.config.sides,
+        policy = Policy(pipe, 1, self.config.cfg, self.config.eta, self.size,
                         self.precision)
         schedule = Schedule(*(torch.zeros(1) for _ in range(6)), "epsilon", None)
         vars(policy).update(family=self.family, network=self.network, schedule=schedule)
@@ -134,7 +135,7 @@ class Work:
         decoded(policy, x).sum().backward()
 
     def decode(self, policy, latents, cond) -> None:
-        height, width = self.config.sides
+        height, width = self.size
         at_once = max(1, 2**20 // (height * width))
         with torch.no_grad(): self.vae.decode(latents[0, :at_once])
 
@@ -166,7 +167,7 @@ def work_of(
 ) -> Work:
     "The `Work` of a configuration, built once for all configurations with the same steps."
     made, adapter = configurations(config.pipeline), (config.lora_rank, config.lora_targets)
-    key = repr((made, config.img_size, config.cfg > 1, config.mixed_precision, adapter,
+    key = repr((made, config.sizes, config.cfg > 1, config.mixed_precision, adapter,
                 config.load_in_4bit,
                 config.gradient_checkpointing, config.beta > 0,
                 (config.algorithm, config.draft_steps)))

@@ -112,10 +112,11 @@ def plain_reward(
 ) -> float:               # mean
     "Mean reward of images from the pipeline's own call, each prompt always from the same noise."
     rewards, bar, family = [], getattr(pipe, "_progress_bar_config", {}), family_of(pipe)
-    network, (height, width) = network_of(pipe), config.sides
+    network, (height, width) = network_of(pipe), config.eval_sides
     guides = family.guides and config.cfg <= 1  # then the call doubles the batch
     at_a_time = -(-config.sample_batch_size // (1 + guides))
     batches = [batch for batch in sampling_batches(len(prompts[:64]), at_a_time) if len(batch)]
+    side = policy_of(config, pipe, config.eval_sides).latent_shape[1:]
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         words = [{name: x.cpu() for name, x in family.embeddings(
@@ -128,7 +129,7 @@ def plain_reward(
                     **{name: x.to(network.device) for name, x in given.items()}, height=height,
                     width=width, generator=noise, output_type="latent", **family.calling(pipe)
                 ).images
-            drawn = family.unpacked(drawn, *policy_of(config, pipe).latent_shape[1:])
+            drawn = family.unpacked(drawn, *side)
             images = decoding_fn(drawn, pipe)
             rewards.append(ask(reward_fn, images, [prompts[i] for i in batch]))
     pipe.set_progress_bar_config(**bar)

@@ -21,10 +21,12 @@ from ddpo_scratch.trainer.setting_checks import (
     FOLDERS,
     LORA_TARGETS,
     SCHEDULES,
+    both_sides,
     check_alpha,
     check_fraction,
     check_hub_name,
     check_img_size,
+    check_img_sizes,
     check_project,
     check_rank,
     check_share,
@@ -36,6 +38,7 @@ from ddpo_scratch.trainer.setting_checks import (
     is_text,
     one_of,
     or_none,
+    sizes_in,
 )
 
 # %% ../../nbs/practice/14_config.ipynb 5
@@ -90,7 +93,7 @@ def plain_value(
         return ",".join(map(str, value)) or None
     if name == "lora_targets" and isinstance(value, list):
         return tuple(value)
-    if name == "img_size" and isinstance(value, (list, tuple)):
+    if name in ("img_size", "eval_img_size") and isinstance(value, (list, tuple)):
         sides = tuple(x.item() if isinstance(x, np.generic) else x for x in value)
         return sides[0] if len(sides) == 2 and sides[0] == sides[1] else sides
     if name in FOLDERS and isinstance(value, Path):
@@ -111,6 +114,12 @@ class TrainerConfig(DDPOConfig):
 
     img_size: int | tuple[int, int] = setting(
         512, "task", "pixels: the side of a square, or height and width", check_img_size)
+    img_sizes: str | None = setting(
+        None, "task", "sizes that the epochs have in turn, height x width: 512x512,448x576",
+        or_none(check_img_sizes))
+    eval_img_size: int | tuple[int, int] | None = setting(
+        None, "task", "size of the images that are evaluated; None: img_size",
+        or_none(check_img_size))
     lr: float | None = setting(
         None, "learning", "learning rate of AdamW; None: 5e-6, and 3e-4 for an adapter")
     eta: float = setting(
@@ -275,9 +284,14 @@ class TrainerConfig(DDPOConfig):
         check_together(self)
 
     @property
-    def sides(self) -> tuple[int, int]:
-        "Height and width of an image, pixels."
-        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size,) * 2
+    def sizes(self) -> list[tuple[int, int]]:
+        "Height and width of the images of the first epoch, the second, …, which repeat; pixels."
+        return sizes_in(self.img_sizes) if self.img_sizes else [both_sides(self.img_size)]
+
+    @property
+    def eval_sides(self) -> tuple[int, int]:
+        "Height and width of the images that are evaluated, pixels."
+        return both_sides(self.img_size if self.eval_img_size is None else self.eval_img_size)
 
     @property
     def trained_steps(self) -> list[int]:

@@ -64,7 +64,7 @@ def all_scores(
     "Images for these prompts, each always from the same noise, and all their scores."
     if len(prompts) == 0:
         raise ValueError("prompts is empty: give at least one prompt.")
-    found, scores, cache = [], [], PromptCache(policy_of(config, pipe))
+    found, scores, cache = [], [], PromptCache(policy_of(config, pipe, config.eval_sides))
     cache.read(prompts)
     batches = sampling_batches(len(prompts), config.sample_batch_size)
     def noise_of(numbers): return noise_sources(config.seed, EVALUATION, numbers)

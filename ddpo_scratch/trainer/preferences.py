@@ -121,7 +121,7 @@ class DPOTrainer(ForwardTrainer):
         with on_the_cpu(config.offload, *text_encoders(self.pipe)):
             for batch in self.bar(self.batches_left(), "images"):
                 if len(batch):
-                    images = np.stack([opened(paths[i], config.sides) for i in batch])
+                    images = np.stack([opened(paths[i], policy.size) for i in batch])
                     x_0 = encoded(images, self.pipe).to(policy.device, policy.dtype)
                     kept = self.kept(epoch, batch, Trajectory(x_0[None], None))
                     rollout.samples.append([{"reward": (1 - batch % 2).double()},

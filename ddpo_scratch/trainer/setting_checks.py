@@ -60,8 +60,27 @@ def check_which_steps(name, value):
                          f"'0,3,6', or None; not {value!r}.")
 
 
+def both_sides(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def sizes_in(text: str) -> list[tuple[int, int]]:
+    "Sizes such as 512x512,448x576. `ValueError` for other texts."
+    return [(int(height), int(width)) for height, width in (
+        size.split("x") for size in text.split(","))]
+
+
+def check_img_sizes(name, value):
+    try:
+        sizes = sizes_in(value)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{name} must be sizes with commas, each height x width, such as "
+                         f"512x512,448x576; not {value!r}.") from error
+    for size in sizes: check_img_size(name, size)
+
+
 def check_img_size(name, value):
-    sides = value if isinstance(value, tuple) else (value, value)
+    sides = both_sides(value)
     if len(sides) != 2 or not all(
             is_number(side, numbers.Integral, 8) and side % 8 == 0 for side in sides):
         raise ValueError(f"{name} must be a multiple of 8 pixels (of 16 for some models), or two "

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -59,10 +59,11 @@ from ..training import TRAINING, noise_sources
 def policy_of(
     config: TrainerConfig,
     pipe: DiffusionPipeline,
+    size: tuple[int, int],  # height and width of an image, pixels
 ) -> Policy:
     "The policy that a run samples from and trains."
     noisy = tuple(config.trained_steps) if config.mixed_sampling else None
-    return Policy(pipe, config.num_timesteps, config.cfg, config.eta, config.sides,
+    return Policy(pipe, config.num_timesteps, config.cfg, config.eta, size,
                   config.mixed_precision, config.flow_sampler, noisy, config.negative_prompt)
 
 
@@ -100,8 +101,8 @@ def check_run(
     pipe: DiffusionPipeline,
 ) -> None:
     "`TypeError` or `ValueError` where the pipeline cannot do what the configuration says."
-    policy = policy_of(config, pipe)
-    check_policy(policy)
+    for size in (*config.sizes, config.eval_sides): check_policy(policy_of(config, pipe, size))
+    policy = policy_of(config, pipe, config.sizes[0])
     if config.flow_sampler != "sde" and not is_flow(pipe.scheduler):
         raise ValueError(f"flow_sampler {config.flow_sampler!r} is for flow models, and this one "
                          f"has a {type(pipe.scheduler).__name__}: leave it at 'sde'.")
@@ -179,7 +180,7 @@ class TrainingState:
     ):
         check_run(config, pipe)
         set_seed(config.seed)
-        policy = policy_of(config, pipe)
+        policy = policy_of(config, pipe, config.sizes[0])
         if is_flow(pipe.scheduler) and config.eta > 0 and config.flow_sampler == "sde":
             warn_of_much_noise(config.eta, policy.schedule)
         network, is_new = policy.network, config.lora_rank and not config.lora_from
@@ -255,7 +256,7 @@ class Trainer:
         reward_fn, eval_rewards = all_informed(reward_fn, eval_rewards, prompt_fn)
         self.check_rewards(config, reward_fn, eval_rewards)
         self.config, self.pipe, self.reward_fn = config, pipe, reward_fn
-        self.eval_rewards, self.policy = eval_rewards, policy_of(config, pipe)
+        self.eval_rewards, self.policy = eval_rewards, policy_of(config, pipe, config.sizes[0])
         self.state = TrainingState(config, pipe) if state is None else state
         self.cache = PromptCache(self.policy)
         self.prompts = PromptDataset(
@@ -294,6 +295,7 @@ class Trainer:
         network.eval()  # without dropout, sampling and loss see one policy
         for epoch in self.bar(range(len(state.history), config.num_epochs), "epochs"):
             start = time.perf_counter()
+            self.take_size(config.sizes[epoch % len(config.sizes)])
             scores = self.learn(epoch, on_batch)
             updates, sizes = state.rollout.updates, [*map(len, state.rollout.batches)]
             check_updates(updates, epoch + 1)
@@ -313,6 +315,11 @@ class Trainer:
             if on_epoch(row) is True: break
         if state.average: state.average.copy_to(state.weights)
         return state.history
+
+    def take_size(self, size: tuple[int, int]) -> None:  # height and width of an image, pixels
+        "The policy draws images of that size from now on."
+        if size != self.policy.size:
+            self.policy = self.cache.policy = replace(self.policy, size=size)
 
     def draw_prompts(self) -> None:
         "The epoch's prompts, the same in all processes, and what the network is told of them."
@@ -365,8 +372,11 @@ class Trainer:
     def measure(self, trial: Callable[[int], None], most: int) -> None:
         "Find `micro_batch_size` by trials, up to `most` times a batch, where it is not given."
         if self.state.micro_batch_size is None:
+            size = self.policy.size
+            self.take_size(max(self.config.sizes, key=math.prod))
             self.state.micro_batch_size = min(gathered([measured_micro_batch(
                 self.config, self.state.weights, trial, most)]))
+            self.take_size(size)
             print_once(f"measured: micro_batch_size {self.state.micro_batch_size}")
 
     def bar(self, items, name: str, total: int | None = None):

@@ -69,7 +69,7 @@ def rehearse(
     if config.pipeline not in SHIPPED:
         raise ValueError(f"preset {preset!r} is small enough to be run: give blog, sdxl or sd35.")
     pipe = full_size(config)
-    policy, state = policy_of(config, pipe), TrainingState(config, pipe)
+    policy, state = policy_of(config, pipe, config.sizes[0]), TrainingState(config, pipe)
     policy.network.enable_gradient_checkpointing()
     policy.network.eval()
     took("made")
