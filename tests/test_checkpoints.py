@@ -127,7 +127,8 @@ def test_a_run_goes_on_after_any_batch():
     changes = SMALL | dict(num_epochs=2, num_timesteps=2, lr=1e-3, num_inner_epochs=2,
                            lr_scheduler="cosine", lr_warmup_steps=3)
     some = dict(which_steps="1", timestep_fraction=1.0)
-    kinds = (dict(), dict(lora_rank=2, beta=0.1, **some), dict(beta=0.1, mixed_precision="bf16"))
+    kinds = (dict(), dict(lora_rank=2, beta=0.1, **some), dict(beta=0.1, mixed_precision="bf16"),
+             dict(img_sizes="32x32,32x48", log_updates=True))
     for kind in kinds:
         run = partial(trained, make_config("emoji", **changes | kind))
         assert goes_on(run, (1, 6, 9)) == [  # an epoch: two batches of samples, four updates

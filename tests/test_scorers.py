@@ -90,8 +90,10 @@ def test_hps_score(height, width, tmp_path):
     clip, _, preprocess = open_clip.create_model_and_transforms(
         "tiny-clip", image_resize_mode="longest")
     torch.save({"epoch": 1, "state_dict": clip.state_dict()}, tmp_path / "hps.pt")
-    images = pictures()[:, :height, :width]
-    if height > 300: images = images.transpose(0, 2, 1, 3)
+    images = pictures()
+    if height > width: images = images.transpose(0, 2, 1, 3)
+    images = np.ascontiguousarray(images[:, :height, :width])
+    assert images.shape[1:3] == (height, width)
     with torch.no_grad():
         seen = clip.eval().encode_image(torch.stack(
             [preprocess(Image.fromarray(image)) for image in images])).numpy()
@@ -311,7 +313,8 @@ def test_text_in_images():
     assert reward_fn(tensors, prompts) == rewards
     assert reward_fn(images[:1], ["a sign"], [{"text": "Open"}]) == [1]
     assert reward_fn(images[2:3], ["a sign"], [{"text": "OPQN"}]) == [0.75]
-    assert informed(reward_fn, PromptsWithText()) is not reward_fn
+    told = informed(reward_fn, PromptsWithText())  # of a prompt without facts, the quotes count
+    assert told(images[:2], ["a sign", 'one that says "daily"']) == [1, 1]
     with pytest.raises(ValueError, match="which text should the image of 'a fox' show"):
         reward_fn(images[:1], ["a fox"])
 

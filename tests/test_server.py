@@ -16,6 +16,7 @@ import requests
 import torch
 from PIL import Image
 
+from ddpo_scratch.scorers.names import WeightedSum
 from ddpo_scratch.scorers.server import RewardServer, reward_server
 from helpers import redness
 
@@ -60,8 +61,12 @@ def test_facts_travel_with_the_prompts():
         far = RewardServer(url, batch_size=3)
         facts = [{"count": number, "of": "apples"} for number in range(5)]
         assert far(IMAGES, PROMPTS, facts) == [0, 1, 2, 3, 4]
-        with pytest.raises(ValueError, match="says 400: .*wants facts about the prompts"):
+        with pytest.raises(ValueError, match="says 400: .*count wants facts about the prompts"):
             far(IMAGES, PROMPTS)
+    def either(images, prompts, facts=None): return [5 if facts is None else 6] * len(prompts)
+    with serving(reward_server(either, 0)) as url:
+        far = RewardServer(url)
+        assert (far(IMAGES, PROMPTS)[0], far(IMAGES, PROMPTS, [{}] * 5)[0]) == (5, 6)
 
 
 class Moody(BaseHTTPRequestHandler):
@@ -120,6 +125,12 @@ def test_no_server_and_wrong_arguments():
     "Told at once, and by whom."
     with pytest.raises(ValueError, match="at http://127.0.0.1:9 cannot be asked: Connection"):
         RewardServer("http://me:hunter2@127.0.0.1:9", tries=1)(IMAGES, PROMPTS)
+    for wrong, reason in ((dict(url="localhost:8000"), "must begin with http"),
+                          (dict(batch_size=0), "batch_size"), (dict(timeout=0), "timeout")):
+        with pytest.raises(ValueError, match=reason):
+            RewardServer(**dict(url="http://127.0.0.1:9") | wrong)
+    with pytest.raises(ValueError, match="a sum is not served"):
+        reward_server(WeightedSum({"a": redness}, {"a": 1.0}))
     with pytest.raises(ValueError, match="RewardServer: 5 images and 1 prompts"):
         RewardServer("http://127.0.0.1:9")(IMAGES, ["a fox"])
 
@@ -136,6 +147,7 @@ def test_errors_of_a_reward_reach_the_client():
         with pytest.raises(ValueError, match="says 400: .*owl"):
             far(IMAGES[:2], ["a fox", "an owl"])
         assert requests.post(url, data=b"{", timeout=10).status_code == 400
+        assert requests.post(url, data=(b"{" for _ in "a"), timeout=10).status_code == 400
         assert requests.post(url, json={"images": []}, timeout=10).status_code == 400
         assert far(IMAGES[:1], ["a fox"]) == [1.0]
 

@@ -394,5 +394,31 @@ class Bright(torch.nn.Module):
 def test_sizes_are_checked():
     "Each of them, and that of the evaluation: this network halves its latents twice."
     for changes in (dict(img_sizes="32x32,32x8"), dict(eval_img_size=8)):
-        with pytest.raises(ValueError, match="img_size"):
+        with pytest.raises(ValueError, match=f"{[*changes][0]}.* 8"):
             DDPOTrainer(make_config("emoji", **TINY, **changes), twin("sd3"), lambda: "a", redness)
+
+
+def test_the_largest_size_is_measured():
+    "Where micro_batch_size is to be found; the epoch goes on with its own size."
+    seen = []
+    class Watched(DDPOTrainer):
+        def trial(self, count):
+            seen.append(self.policy.size)
+            return super().trial(count)
+    config = make_config("emoji", **TINY | dict(num_epochs=1), img_sizes="32x32,48x64",
+                         micro_batch_size=None)
+    with patch.object(trainer, "measured_micro_batch", lambda config, weights, trial, most: (
+            trial(2), 2)[1]):
+        ours = Watched(config, twin("sd2"), lambda: "a fox", redness)
+        ours.train()
+    assert seen == [(48, 64)] and ours.policy.size == (32, 32)
+
+
+def test_images_of_one_size_are_compared():
+    "A reward that only depends on the size gives no advantage, also after epochs of other sizes."
+    def pixels(images, prompts): return [float(images[0, ..., 0].size)] * len(images)
+    config = make_config("emoji", **TINY | dict(num_epochs=4, num_samples_per_epoch=8),
+                         img_sizes="32x32,48x64", min_count=2, buffer_size=32)
+    rows = train(config, twin("sd2"), lambda: "a fox", pixels)
+    assert all(row["loss"] == 0 for row in rows)
+    assert rows[0]["reward_mean"] != rows[1]["reward_mean"]

@@ -33,6 +33,7 @@ from ddpo_scratch.scorers.names import (
     parts_of,
     reward_weights,
 )
+from ..scorers.ocr import asked_text
 from ..trainer.checkpoints import Stopped
 from ..trainer.config import TrainerConfig
 from ..trainer.policy import check_negative_prompt
@@ -47,11 +48,14 @@ def check_prompts(
     config: TrainerConfig,
     prompt_fn: Callable[[], str],
 ) -> None:
-    "`ValueError` if a reward needs an animal in the prompt and a prompt names none."
-    if not {"animal", "right_animal"} & {*all_rewards(config)}: return
+    "`ValueError` if a reward needs an animal or a text in the prompt, and one has none."
+    rewards, facts = {*all_rewards(config)}, getattr(prompt_fn, "facts", {})
+    animals, texts = rewards & {"animal", "right_animal"}, "ocr" in rewards
+    if not (animals or texts): return
     for prompt in getattr(prompt_fn, "prompts", None) or {prompt_fn() for _ in range(1000)}:
         try:
-            animal_in(prompt)
+            if animals: animal_in(prompt)
+            if texts: asked_text(prompt, facts.get(prompt, {}))
         except ValueError as error:
             raise ValueError(f"{error} Give other --prompts, or another --reward and "
                              "--eval_rewards (None watches none).") from error

@@ -81,9 +81,11 @@ class Work:
                         if isinstance(module, torch.nn.Module)]
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         own = made.network.get("sample_size")
+        own = own * self.factor if isinstance(own, int) else 0
+        for size in (*config.sizes, config.eval_sides): check_is_meant(min(size), own)
         self.size = max(config.sizes, key=math.prod)
-        check_is_meant(min(self.size), own * self.factor if isinstance(own, int) else 0)
-        self.sides = [side // self.factor for side in self.size]
+        self.sides, self.drawn_sides = ([side // self.factor for side in size] for size in (
+            self.size, max(self.size, config.eval_sides, key=math.prod)))
         self.channels = self.network.config.in_channels // self.family.packed
         self.guided = config.cfg > 1 and self.family.guides
         with torch.device("meta"):
@@ -103,12 +105,12 @@ class Work:
         vars(policy).update(family=self.family, network=self.network, schedule=schedule)
         return policy
 
-    def inputs(self, samples: int) -> tuple[Policy, torch.Tensor, Conditioning]:
+    def inputs(self, samples: int, sides) -> tuple[Policy, torch.Tensor, Conditioning]:
         "Arguments of a step: the policy, two latents for each sample, and the conditioning."
         guided, family = self.guided, self.family
         tokens = self.text_encoders[0].config.max_position_embeddings
         rows = family.blank(self.network.config, samples * (1 + guided), tokens)
-        latents = torch.zeros(2, samples, self.channels, *self.sides)
+        latents = torch.zeros(2, samples, self.channels, *sides)
         return self.policy(), latents, Conditioning(rows, guided)
 
     def sample(self, policy, latents, cond) -> None:
@@ -135,15 +137,16 @@ class Work:
         decoded(policy, x).sum().backward()
 
     def decode(self, policy, latents, cond) -> None:
-        height, width = self.size
-        at_once = max(1, 2**20 // (height * width))
+        pixels = math.prod(latents.shape[-2:]) * self.factor**2
+        at_once = max(1, 2**20 // pixels)
         with torch.no_grad(): self.vae.decode(latents[0, :at_once])
 
     def peak(self, step, samples: int) -> int:
         "Peak bytes of a step for a number of samples, without weights and gradients."
         if (step.__name__, samples) not in self.peaks:
             with self.fake:
-                policy, latents, cond = self.inputs(samples)
+                sides = self.sides if step == self.learn else self.drawn_sides  # also to evaluate
+                policy, latents, cond = self.inputs(samples, sides)
                 known = [tensor for module in self.modules
                          for weight in [*module.parameters(), *module.buffers()]
                          for tensor in (weight, weight.grad) if tensor is not None]
@@ -154,7 +157,7 @@ class Work:
 
     def operations(self, step) -> int:
         "Floating-point operations of a step for one sample."
-        inputs = self.inputs(1)
+        inputs = self.inputs(1, self.sides)
         with FlopCounterMode(display=False) as counter: step(*inputs)
         return counter.get_total_flops()
 
@@ -167,8 +170,8 @@ def work_of(
 ) -> Work:
     "The `Work` of a configuration, built once for all configurations with the same steps."
     made, adapter = configurations(config.pipeline), (config.lora_rank, config.lora_targets)
-    key = repr((made, config.sizes, config.cfg > 1, config.mixed_precision, adapter,
-                config.load_in_4bit,
+    key = repr((made, config.sizes, config.eval_sides, config.cfg > 1, config.mixed_precision,
+                adapter, config.load_in_4bit,
                 config.gradient_checkpointing, config.beta > 0,
                 (config.algorithm, config.draft_steps)))
     if key not in WORKS: WORKS[key] = Work(config, made)

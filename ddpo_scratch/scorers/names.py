@@ -59,8 +59,10 @@ class WithFacts:
         self,
         reward_fn: Callable,           # (images, prompts, facts) → one number each
         facts: Mapping[str, Mapping],  # by prompt
+        optional: bool = False,        # a prompt without facts: {} in place of an error
     ):
         self.reward_fn, self.facts, self.__name__ = reward_fn, facts, reward_name(reward_fn)
+        self.optional = optional
         self.beside = getattr(reward_fn, "beside", False)
         if hasattr(reward_fn, "differentiable"):  # for algorithm draft
             self.differentiable = partial(self.asked, reward_fn.differentiable)
@@ -71,11 +73,11 @@ class WithFacts:
     def asked(self, function: Callable, images, prompts: Sequence[str]):
         "What it returns for these images, prompts, and their facts."
         for prompt in prompts:
-            if prompt not in self.facts:
+            if prompt not in self.facts and not self.optional:
                 raise ValueError(f"{self.__name__} asks for facts about the prompt {prompt!r}, and "
                                  "there are none. They stand beside the prompts, in the .jsonl "
                                  "files of --prompts and --eval_prompts.")
-        facts = [dict(self.facts[prompt]) for prompt in prompts]
+        facts = [dict(self.facts.get(prompt, {})) for prompt in prompts]
         with marking_errors(self.reward_fn): return function(images, prompts, facts)
 
 # %% ../../nbs/practice/20_sums.ipynb 9
@@ -101,23 +103,31 @@ def needs_facts(
     return signature is not None and takes(3) and not takes(2)
 
 
+def takes_facts(
+    reward_fn: Callable,
+) -> bool:
+    "Whether its third argument is called facts."
+    signature = signature_of(reward_fn)
+    return signature is not None and [*signature.parameters][2:3] == ["facts"]
+
+
 def informed(
     reward_fn: Callable,
     prompt_fn: Callable[[], str],  # its `facts`, if it has any, are those of its prompts
 ) -> Callable:
     "The reward, with the prompts' facts where it asks for them. `ValueError` if there are none."
-    facts, signature = getattr(prompt_fn, "facts", None), signature_of(reward_fn)
-    if needs_facts(reward_fn) and not facts:
+    facts, wanted = getattr(prompt_fn, "facts", None) or {}, needs_facts(reward_fn)
+    without = [prompt for prompt in getattr(prompt_fn, "prompts", ()) if prompt not in facts]
+    if wanted and not facts:
         raise ValueError(f"the reward {reward_name(reward_fn)} has three arguments, and so wants "
                          "facts about the prompts, of which there are none: give a .jsonl file "
                          "with them, --prompts file.jsonl.")
-    without = [prompt for prompt in getattr(prompt_fn, "prompts", ()) if prompt not in facts]
-    if needs_facts(reward_fn) and without:
+    if wanted and without:
         raise ValueError(f"the reward {reward_name(reward_fn)} wants facts about all prompts, and "
                          f"{without[0]!r} has none: --prompts and --eval_prompts must both be "
                          ".jsonl files.")
-    asks = signature is not None and [*signature.parameters][2:3] == ["facts"]
-    return WithFacts(reward_fn, facts) if facts and (asks or needs_facts(reward_fn)) else reward_fn
+    use = facts and (wanted or takes_facts(reward_fn))
+    return WithFacts(reward_fn, facts, not wanted) if use else reward_fn
 
 
 def all_informed(

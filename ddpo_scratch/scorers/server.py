@@ -11,7 +11,9 @@ import base64
 import io
 import json
 import re
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -22,9 +24,10 @@ from PIL import Image
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from ..checks import check_images
-from ..rewards import picture_arrays
-from .names import ask, make_reward, needs_facts
+from ..checks import check_images, reward_name
+from ..ranges import check_count, check_positive
+from ..rewards import Scorer, picture_arrays
+from .names import WeightedSum, ask, make_reward, needs_facts, takes_facts
 
 # %% ../../nbs/practice/35_elsewhere.ipynb 4
 def png_text(
@@ -46,16 +49,21 @@ class RewardServer:
         self,
         url: str,               # http://… or https://…
         batch_size: int = 32,   # images of a request, at most
-        timeout: float = 120,   # seconds to wait for an answer
+        timeout: float = 600,   # seconds to wait for an answer
         tries: int = 4,         # how often a request that fails is repeated
         headers: Mapping[str, str] = {},  # of each request, such as Authorization
     ):
+        if not re.match("https?://", url):
+            raise ValueError(f"url must begin with http:// or https://, not {url!r}.")
+        check_count("batch_size", batch_size)
+        check_positive("timeout", timeout)
         self.url, self.batch_size, self.timeout = url, batch_size, timeout
         self.session = requests.Session()
+        self.session.trust_env = False  # no proxies, no passwords of other places
         self.session.headers.update(headers)
         again = HTTPAdapter(max_retries=Retry(
-            tries, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504),
-            allowed_methods=None, raise_on_status=False))
+            tries, read=0, backoff_factor=1, status_forcelist=(429, 500, 502, 503, 504),
+            allowed_methods=None, raise_on_status=False, respect_retry_after_header=False))
         for kind in ("http://", "https://"): self.session.mount(kind, again)
 
     def __call__(
@@ -76,7 +84,7 @@ class RewardServer:
         "The rewards of a request."
         place = f"the reward server at {re.sub('//[^/@]*@', '//', self.url)}"
         try:
-            answer = self.session.post(self.url, json=asked, timeout=self.timeout)
+            answer = self.session.post(self.url, json=asked, timeout=(10, self.timeout))
         except requests.RequestException as error:
             raise ValueError(f"{place} cannot be asked: {type(error).__name__}.") from error
         if not answer.ok:
@@ -96,16 +104,16 @@ def rewards_for(
     asked: dict,     # a request: images, prompts, and perhaps facts
 ) -> list[float]:
     "What the reward gives for a request."
-    pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB"))
-                for picture in asked["images"]]
-    if needs_facts(reward_fn):
-        if "facts" not in asked:
-            raise ValueError("this reward wants facts about the prompts: train with --prompts "
-                             "file.jsonl.")
-        facts = asked["facts"]
+    files = [io.BytesIO(base64.b64decode(picture)) for picture in asked["images"]]
+    pictures = np.stack([np.asarray(Image.open(file, formats=["PNG"]).convert("RGB"))
+                         for file in files])
+    facts, name = asked.get("facts"), reward_name(reward_fn)
+    if needs_facts(reward_fn) and facts is None:
+        raise ValueError(f"{name} wants facts about the prompts: train with --prompts file.jsonl.")
+    told = reward_fn
+    if facts is not None and (needs_facts(reward_fn) or takes_facts(reward_fn)):
         def told(images, prompts): return reward_fn(images, prompts, facts)
-        return ask(told, np.stack(pictures), asked["prompts"]).tolist()
-    return ask(reward_fn, np.stack(pictures), asked["prompts"]).tolist()
+    return ask(told, pictures, asked["prompts"], name).tolist()
 
 
 def reward_server(
@@ -113,17 +121,21 @@ def reward_server(
     port: int = 8000,        # 0: any that is free, `server_port` of what is returned
     host: str = "127.0.0.1", # this machine alone
 ) -> ThreadingHTTPServer:    # its `serve_forever` answers, `shutdown` ends that
-    "A server that gives the rewards of `reward_fn`."
+    "A server that gives the rewards of `reward_fn`. `ValueError` for a sum."
+    if isinstance(reward_fn, WeightedSum):
+        raise ValueError("a sum is not served, because it standardizes its parts by the images of "
+                         "a run: serve the parts, and add them where the model is trained.")
     lock = threading.Lock()
 
     class Answers(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+        timeout = 60  # seconds, for a request to arrive
 
         def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
             try:
-                with lock: status, said = 200, {"rewards": rewards_for(reward_fn, json.loads(body))}
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with lock: status, said = 200, {"rewards": rewards_for(reward_fn, asked)}
             except Exception as error:  # whatever a reward may raise: the client has to know
+                traceback.print_exc()
                 status, said = 400, {"error": f"{type(error).__name__}: {error}"}
             text = json.dumps(said).encode()
             self.send_response(status)
@@ -144,7 +156,13 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every machine may ask")
     parser.add_argument("--device", default=None, help="of the reward; None: CUDA if there is one")
     given = parser.parse_args()
-    with reward_server(make_reward(given.reward, given.device), given.port, given.host) as server:
+    try:
+        reward_fn = make_reward(given.reward, given.device)
+        server = reward_server(reward_fn, given.port, given.host)
+        if isinstance(reward_fn, Scorer): reward_fn.ready()
+    except (ValueError, OSError) as error:
+        sys.exit(f"{parser.prog}: {error}")
+    with server:
         print(f"{given.reward} at http://{given.host}:{server.server_port}", flush=True)
         server.serve_forever()
 

@@ -95,6 +95,8 @@ class DDPOTrainer(Trainer):
     def valued(self, scores: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         "Advantages, [N]; and what updates are made of: samples' indices, [N]."
         prompts, tracker = self.state.rollout.prompts, self.state.tracker
+        if len(self.config.sizes) > 1:  # rewards of images of one size are compared
+            prompts = [f"{prompt}, {self.policy.size}" for prompt in prompts]
         if self.config.decouple_rewards:
             advantages = decoupled(self.reward_fn.weights, scores, prompts, tracker)
         else: advantages = tracker.update(prompts, scores["reward"])

@@ -47,9 +47,10 @@ def check_differentiable(
         if not callable(getattr(part, "differentiable", None)):
             raise ValueError(
                 f"the reward {reward_name(part)} has no gradient, which algorithm 'draft' needs. "
-                "Of the library's rewards aesthetic, animal, clip_score and pickscore have one; an "
-                "object of yours has one if it has a method differentiable(images, prompts), from "
-                "float images [B, 3, H, W] between 0 and 1 to rewards [B]. For any other reward "
+                "Of the library's rewards aesthetic, animal, clip_score, pickscore and HPSScore "
+                "have one; an object of yours has one if it has a method differentiable(images, "
+                "prompts), from float images [B, 3, H, W] between 0 and 1 to rewards [B]. For any "
+                "other reward "
                 "take algorithm 'ddpo', 'nft' or 'awm'.")
 
 

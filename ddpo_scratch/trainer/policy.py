@@ -235,6 +235,7 @@ def check_negative_prompt(
 
 def check_policy(
     policy: Policy,
+    name: str = "img_size",  # the setting that says the size
 ) -> None:
     "`TypeError` or `ValueError` for a policy that cannot sample."
     check_pipe(policy.pipe)
@@ -251,23 +252,24 @@ def check_policy(
     own = policy.network.config.get("sample_size")
     own = own * policy.pipe.vae_scale_factor if isinstance(own, int) else 0
     height, width = policy.size
-    sides = {"img_size": height} if height == width else {
-        "img_size's height": height, "img_size's width": width}
+    sides = {name: height} if height == width else {
+        f"{name}'s height": height, f"{name}'s width": width}
     check_size(sides, factor)
-    for name, pixels in sides.items():
+    for side, pixels in sides.items():
         if most and pixels > most * factor:
-            raise ValueError(f"{name} is {pixels!r}; this model draws at most {most * factor} "
+            raise ValueError(f"{side} is {pixels!r}; this model draws at most {most * factor} "
                              "pixels a side.")
-    check_is_meant(min(policy.size), own)
+    check_is_meant(min(policy.size), own, name)
 
 
 def check_is_meant(
     pixels: int,  # of an image's shorter side
     own: int,     # of the images that the model was made for; 0: it does not say
+    name: str = "img_size",  # the setting that says the size
 ) -> None:
     "`ValueError` for images that are far smaller than the model's own."
     if pixels < own / 4:
-        raise ValueError(f"img_size {pixels} is less than a quarter of the {own} pixels that "
+        raise ValueError(f"{name} {pixels} is less than a quarter of the {own} pixels that "
                          "this model was made for: of so few it draws nothing that can be seen.")
 
 # %% ../../nbs/practice/15_policy.ipynb 13

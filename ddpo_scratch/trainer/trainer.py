@@ -101,7 +101,10 @@ def check_run(
     pipe: DiffusionPipeline,
 ) -> None:
     "`TypeError` or `ValueError` where the pipeline cannot do what the configuration says."
-    for size in (*config.sizes, config.eval_sides): check_policy(policy_of(config, pipe, size))
+    for name, size in (*[("img_sizes" if config.img_sizes else "img_size", size)
+                         for size in config.sizes], (
+            "img_size" if config.eval_img_size is None else "eval_img_size", config.eval_sides)):
+        check_policy(policy_of(config, pipe, size), name)
     policy = policy_of(config, pipe, config.sizes[0])
     if config.flow_sampler != "sde" and not is_flow(pipe.scheduler):
         raise ValueError(f"flow_sampler {config.flow_sampler!r} is for flow models, and this one "
@@ -182,7 +185,8 @@ class TrainingState:
         set_seed(config.seed)
         policy = policy_of(config, pipe, config.sizes[0])
         if is_flow(pipe.scheduler) and config.eta > 0 and config.flow_sampler == "sde":
-            warn_of_much_noise(config.eta, policy.schedule)
+            for size in {*config.sizes}:
+                warn_of_much_noise(config.eta, policy_of(config, pipe, size).schedule)
         network, is_new = policy.network, config.lora_rank and not config.lora_from
         if config.lora_from: load_lora(pipe, config.lora_from)
         elif config.lora_rank:
