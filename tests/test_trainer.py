@@ -339,7 +339,7 @@ def test_decoupled_rewards():
     class Watched(DDPOTrainer):
         def weigh(self, scores):
             super().weigh(scores)
-            kept.append((scores, self.state.rollout.advantages))
+            kept.append(({**scores}, self.state.rollout.advantages))
     Watched(config, twin("sd2"), lambda: next(names), reward_fn).train()
     (scores, advantages), = kept
     total = np.zeros(8)

@@ -50,8 +50,7 @@ def check_differentiable(
                 "Of the library's rewards aesthetic, animal, clip_score, pickscore and HPSScore "
                 "have one; an object of yours has one if it has a method differentiable(images, "
                 "prompts), from float images [B, 3, H, W] between 0 and 1 to rewards [B]. For any "
-                "other reward "
-                "take algorithm 'ddpo', 'nft' or 'awm'.")
+                "other reward take algorithm 'ddpo', 'nft' or 'awm'.")
 
 
 def value_of(
