@@ -229,7 +229,7 @@ def test_rewards_without_a_gradient_are_refused(tmp_path):
     pipe = twin("sd2")
     for reward in (JPEGCompressibility(), RightAnimal("cpu"), redness, WeightedSum(
             {"a": Bluish(), "b": redness}, {"a": 1.0, "b": 1.0})):
-        with pytest.raises(ValueError, match="has no gradient.*animal, clip_score and pickscore"):
+        with pytest.raises(ValueError, match="has no gradient.*clip_score, pickscore and HPSScore"):
             made(pipe, reward)
     done = ddpo_train(tmp_path, "--algorithm=draft", "--reward=jpeg_compressibility")
     assert "JPEGCompressibility has no gradient" in last_line(done)
