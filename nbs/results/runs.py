@@ -11,10 +11,7 @@ have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
 whose metrics.csv are seed0.csv, seed1.csv and seed2.csv here; `evaluations` at them and at
 
     ddpo_train --seed N --samples_per_prompt 1 --name queueN
-    ddpo_train --lora_rank 8 --name lora                          (its metrics.csv is lora.csv)
-    ddpo_train --algorithm draft --seed N --name draftN           (theirs are draftN.csv)
-    ddpo_train --algorithm nft --num_eval_samples 256 --name nft0 (its is nft0.csv; its seconds are
-                                                                   of one thread, elsewhere)
+    ddpo_train --lora_rank 8 --name lora    (its metrics.csv is lora.csv)
 
 and `flow` at `ddpo_train --pipeline emoji_flow --eta 0.7 --seed N --name flowN`, N 0 and 1.
 `plans` computes what the presets for large models take, and `comparison` makes README's figure and
