@@ -75,6 +75,7 @@ def test_the_best_is_kept_and_a_run_that_gets_no_better_ends(tmp_path, capfd):
     assert json.loads(best.read_text("utf-8"))["epoch"] == 3
     said = capfd.readouterr().out
     assert "after epoch 3 of 5: mark 5.0000, in the end mark 5.0000" in said
+    assert "ends here: 2 evaluations were no better" in said
     assert f"the best weights are in {tmp_path / 'x' / 'checkpoints' / 'best'}" in said
     assert sorted(path.name for path in (tmp_path / "x" / "evaluations").iterdir()) == [
         f"{epoch:05d}.png" for epoch in range(1, 6)]

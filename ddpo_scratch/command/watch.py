@@ -65,8 +65,11 @@ class Watch:
         config = self.config
         if not config.eval_every or (epoch % config.eval_every and epoch < config.num_epochs):
             return False
-        if self.rows[-1]["epoch"] < epoch: self.look(epoch, state)
-        return 0 < config.patience <= self.waited
+        is_new = self.rows[-1]["epoch"] < epoch
+        if is_new: self.look(epoch, state)
+        ends = 0 < config.patience <= self.waited
+        if ends and is_new: print_once(f"ends here: {self.waited} evaluations were no better")
+        return ends
 
     @property
     def waited(self) -> int:
