@@ -1,21 +1,26 @@
 """Tests of chapter `nbs/practice/26_processes.ipynb`."""
 import os
+import pickle
 import random
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import pytest
 import torch
 
+import ddpo_scratch.trainer.processes as module
 from ddpo_scratch.scorers.names import WeightedSum
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts
 from ddpo_scratch.trainer.presets import make_config
 from ddpo_scratch.trainer.processes import (
+    buckets,
     from_the_first,
     gathered,
+    gathered_tensors,
     my_part,
     processes,
     sum_gradients,
@@ -232,6 +237,46 @@ def test_pytorchs_own_launcher(twins, tmp_path):
     assert done.stdout.count("epoch   2") == 1 and done.stdout.count("fresh images") == 1
     folder, = (tmp_path / "runs").iterdir()
     assert folder.name == "sd2-animal-1" and not (folder / "UNFINISHED.txt").exists()
+
+
+def exchanges(folder):
+    "Batches of different sizes and kinds; one process has two of them, and the last none."
+    rank, sent, real = processes().process_index, [], module.gather_object
+    def noted(items):
+        sent.append(len(pickle.dumps(items)))
+        return real(items)
+    def batch(number):
+        g = torch.Generator().manual_seed(number)
+        return [{"reward": torch.rand(2 + number, generator=g, dtype=torch.float64)},
+                torch.rand(3, 400, 2 + number, 5, generator=g).transpose(1, 2),
+                torch.zeros(0, 3), torch.arange(number)]
+    mine = {0: [0, 1], 1: [2], 2: []}[rank]
+    with patch.object(module, "gather_object", noted):
+        found = gathered_tensors([batch(number) for number in mine])
+    for ours, theirs in zip(found, map(batch, range(3))):
+        assert torch.equal(ours[0]["reward"], theirs[0]["reward"])
+        assert all(map(torch.equal, ours[1:], theirs[1:]))
+    assert len(found) == 3 and max(sent) < 3000, sent  # shapes alone; a batch has over 60 kB
+    weights = [torch.nn.Parameter(torch.zeros(size)) for size in (3, 4, 50, 2, 7)]
+    for number, weight in enumerate(weights):
+        if (number, rank) != (1, 0): weight.grad = torch.full_like(weight, 10.0**rank + number)
+    with patch.object(module.buckets, "__defaults__", (8,)): sum_gradients(weights)
+    for number, weight in enumerate(weights):
+        assert (weight.grad == 111 + 3 * number - (number == 1) * 2).all(), (number, weight.grad)
+
+
+def test_tensors_are_not_sent_as_objects(tmp_path):
+    "Three processes; a gradient that one of them lacks counts as 0."
+    codes, said = launch(3, exchanges, str(tmp_path))
+    assert codes == [0, 0, 0], said
+
+
+def test_buckets():
+    "In order, none larger than allowed but for a single tensor."
+    sizes = [3, 4, 2, 50, 1, 7, 1]
+    found = buckets([torch.zeros(size) for size in sizes], 8)
+    assert [[x.numel() for x in bucket] for bucket in found] == [[3, 4], [2], [50], [1, 7], [1]]
+    assert buckets([]) == []
 
 
 def test_alone():

@@ -14,7 +14,7 @@ from ddpo_scratch.scorers.names import decoupled
 from ddpo_scratch.trainer.gradient import Objective, Samples, add_gradient, step_losses
 from ddpo_scratch.trainer.policy import Trajectory
 from ddpo_scratch.trainer.precision import on_the_cpu, warn_of_rounding
-from ddpo_scratch.trainer.processes import gathered, my_part, sum_gradients
+from ddpo_scratch.trainer.processes import gathered, gathered_tensors, my_part, sum_gradients
 from ddpo_scratch.trainer.rollout import (
     AsyncScoring,
     is_elsewhere,
@@ -60,7 +60,7 @@ class DDPOTrainer(Trainer):
                     kept = self.kept(epoch, batch, trajectory)
                     scoring.put(images, prompts, *(x.cpu() for x in kept))
                 on_batch()
-        if rollout.advantages is None: rollout.samples = gathered(rollout.samples)
+        if rollout.advantages is None: rollout.samples = gathered_tensors(rollout.samples)
 
     def batches_left(self) -> list[torch.Tensor]:
         "This process's batches of the epoch's samples that it has not got yet: indices, [B] each."

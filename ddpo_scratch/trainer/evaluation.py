@@ -20,7 +20,7 @@ from .checkpoints import random_states
 from .config import TrainerConfig
 from .precision import on_the_cpu
 from .presets import PromptFile, make_eval_prompt_fn
-from .processes import from_the_first, gathered
+from .processes import from_the_first, gathered, gathered_tensors
 from ddpo_scratch.trainer.rollout import (
     PromptCache,
     drawing,
@@ -71,9 +71,10 @@ def all_scores(
     with on_the_cpu(config.offload, *text_encoders(pipe)):
         for asked, images, _ in sampled(cache, prompts, batches, noise_of):
             if not asked: continue
-            found.append(images)
+            found.append(torch.from_numpy(images))
             scores.append(raw_scores(reward_fn, eval_rewards, images, asked))
-    return np.concatenate(gathered(found)), with_total(reward_fn, gathered(scores))
+    images = torch.cat(gathered_tensors(found)).numpy()
+    return images, with_total(reward_fn, gathered(scores))
 
 # %% ../../nbs/practice/19_evaluation.ipynb 6
 def evaluate(

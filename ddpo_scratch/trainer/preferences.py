@@ -26,7 +26,7 @@ from ddpo_scratch.trainer.pairs import (
 )
 from .policy import Policy, Trajectory
 from .precision import on_the_cpu
-from .processes import from_the_first, gathered, print_once
+from .processes import from_the_first, gathered_tensors, print_once
 from .rollout import joined
 
 # %% ../../nbs/practice/32_preferences.ipynb 5
@@ -127,4 +127,4 @@ class DPOTrainer(ForwardTrainer):
                     rollout.samples.append([{"reward": (1 - batch % 2).double()},
                                             *(x.cpu() for x in kept)])
                 on_batch()
-        if rollout.advantages is None: rollout.samples = gathered(rollout.samples)
+        if rollout.advantages is None: rollout.samples = gathered_tensors(rollout.samples)

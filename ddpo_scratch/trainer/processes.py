@@ -6,9 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/practice/26_processes.ipynb 3
+from functools import lru_cache
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.utils._pytree import tree_leaves, tree_map
 
 # %% ../../nbs/practice/26_processes.ipynb 5
 def processes() -> PartialState:
@@ -30,6 +33,29 @@ def gathered(
     return gather_object(items) if processes().num_processes > 1 else items
 
 
+@lru_cache
+def on_cpus() -> torch.distributed.ProcessGroup:
+    "All processes, with messages from CPU to CPU; those of NCCL take a GPU's memory."
+    return torch.distributed.new_group(backend="gloo")
+
+
+def gathered_tensors(
+    items: list,  # this process's: lists and dicts of tensors on the CPU
+) -> list:
+    "`gathered` for large tensors. They are sent as they are, and only their shapes as objects."
+    if processes().num_processes == 1: return items
+    found, items = [], tree_map(torch.Tensor.contiguous, items)
+    shapes = gathered([tree_map(lambda x: (x.shape, x.dtype), items)])
+    for process, form in enumerate(shapes):
+        mine = process == processes().process_index
+        part = items if mine else tree_map(
+            lambda x: torch.empty(x[0], dtype=x[1]), form, is_leaf=lambda x: isinstance(x, tuple))
+        for tensor in tree_leaves(part):
+            if tensor.numel(): torch.distributed.broadcast(tensor, process, on_cpus())
+        found += part
+    return found
+
+
 def from_the_first(
     make,  # a function without arguments
 ):
@@ -45,8 +71,27 @@ def sum_gradients(
         return
     for weight in weights:
         if weight.grad is None: weight.grad = torch.zeros_like(weight)
-    waiting = [torch.distributed.all_reduce(weight.grad, async_op=True) for weight in weights]
-    for work in waiting: work.wait()
+    for bucket in buckets([weight.grad for weight in weights]):
+        if len(bucket) == 1:
+            torch.distributed.all_reduce(bucket[0])
+            continue
+        total = torch.cat([gradient.flatten() for gradient in bucket])
+        torch.distributed.all_reduce(total)
+        for gradient, part in zip(bucket, total.split([x.numel() for x in bucket])):
+            gradient.copy_(part.view_as(gradient))
+
+
+def buckets(
+    tensors: list[torch.Tensor],  # of one type
+    most: int = 2**23,            # elements of a bucket that has several; 32 MB in float32
+) -> list[list[torch.Tensor]]:
+    "The tensors in order, in few lists: many small messages cost more than a large one."
+    found, room = [], 0
+    for tensor in tensors:
+        if not found or tensor.numel() > room: found, room = [*found, []], most
+        found[-1].append(tensor)
+        room -= tensor.numel()
+    return found
 
 
 def same_everywhere(
