@@ -421,7 +421,7 @@ def test_evaluation_has_prompts_of_its_own(flags, tmp_path):
         norms = [float(update["grad_norm"]) for update in updates[epoch * count:][:count]]
         assert min(norms) < float(row["grad_norm"]) < max(norms)
     card = (folder / "pipeline" / "README.md").read_text("utf-8")
-    assert "3 prompts from\n`watched.jsonl`" in card
+    assert "3 images for prompts from\n`watched.jsonl`" in card
     assert '''negative_prompt="blurred, a 'bad' one"''' in card
     opened_by_its_card(folder / "pipeline")
 
@@ -437,7 +437,7 @@ def test_evaluation_has_prompts_of_its_own(flags, tmp_path):
     wrong = called(tmp_path, *several, "--num_eval_samples=1")[1]
     assert "has 2 prompts: raise num_eval_samples, now 1" in wrong and "Nothing was" in wrong
     wrong = called(tmp_path, *settings, "--eval_prompts=none.txt")[1]
-    assert "none.txt' cannot be read" in wrong
+    assert "eval_prompts 'none.txt': the prompts in 'none.txt' cannot be read" in wrong
 
 
 def test_logs():

@@ -82,6 +82,8 @@ def test_bad_configurations():
         make_config("blogg")
     for given in ("0,3", " 0, 3", [0, 3], (0, 3), np.array([0, 3]).tolist()):
         assert make_config("emoji", which_steps=given, timestep_fraction=1).which_steps == "0,3"
+    for given in ("64x64,48x64", ["64x64", "48x64"], [[64, 64], [48, 64]]):
+        assert make_config("emoji", img_sizes=given).sizes == [(64, 64), (48, 64)]
     assert make_config("emoji", which_steps=np.int64(3), timestep_fraction=1).which_steps == "3"
     with pytest.raises(ValueError, match="'cats'. Known: common_animal_prompts, emoji_an"):
         make_prompt_fn("cats")

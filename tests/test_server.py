@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -159,7 +160,7 @@ def test_a_served_reward_trains(tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"})
     try:
-        url = serve.stdout.readline().split(" at ")[1].strip()
+        url = serve.stdout.readline().split(" at ")[1].split(",")[0]
         (tmp_path / "far.py").write_text(
             "from ddpo_scratch.scorers.server import RewardServer\n"
             f"far = RewardServer({url!r})\n")
@@ -169,6 +170,8 @@ def test_a_served_reward_trains(tmp_path):
              "--samples_per_prompt=1", "--batch_size=4", "--num_timesteps=2",
              "--num_eval_samples=2", "--name=x"], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+        serve.send_signal(signal.SIGINT)
+        assert serve.wait(20) == 0
     finally: serve.kill()
     header, row = (tmp_path / "runs" / "x" / "metrics.csv").read_text().splitlines()
     found = dict(zip(header.split(","), row.split(",")))

@@ -25,7 +25,7 @@ CARD = """---
 ---
 # {pipeline}, trained on {trained_on}
 
-Trained with {method} by `ddpo_scratch`. On {num_eval_samples} prompts from
+Trained with {method} by `ddpo_scratch`. On {num_eval_samples} images for prompts from
 `{asked}`, each with the same noise before and after:
 
 {verdict}

@@ -15,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -86,7 +87,8 @@ class RewardServer:
         try:
             answer = self.session.post(self.url, json=asked, timeout=(10, self.timeout))
         except requests.RequestException as error:
-            raise ValueError(f"{place} cannot be asked: {type(error).__name__}.") from error
+            raise ValueError(f"{place} cannot be asked: {type(error).__name__}. Is it running, and "
+                             "reached from here? When it is, go on with --resume.") from error
         if not answer.ok:
             raise ValueError(f"{place} says {answer.status_code}: {answer.text[:300]}")
         try:
@@ -163,8 +165,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"{parser.prog}: {error}")
     with server:
-        print(f"{given.reward} at http://{given.host}:{server.server_port}", flush=True)
-        server.serve_forever()
+        place = f"http://{given.host}:{server.server_port}"
+        print(f"{given.reward} at {place}, until Ctrl-C", flush=True)
+        with suppress(KeyboardInterrupt): server.serve_forever()
 
 # %% ../../nbs/practice/35_elsewhere.ipynb 8
 #| eval: false

@@ -91,6 +91,9 @@ def plain_value(
         return ",".join(f"{reward}:{weight}" for reward, weight in value.items())
     if name == "eval_rewards" and isinstance(value, list):
         return ",".join(map(str, value)) or None
+    if name == "img_sizes" and isinstance(value, list):
+        return ",".join(size if isinstance(size, str) else "x".join(map(str, size))
+                        for size in value)
     if name == "lora_targets" and isinstance(value, list):
         return tuple(value)
     if name in ("img_size", "eval_img_size") and isinstance(value, (list, tuple)):

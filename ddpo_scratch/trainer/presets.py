@@ -155,7 +155,10 @@ def make_eval_prompt_fn(
 ) -> Callable[[], str]:
     "What evaluation takes its prompts from. `ValueError` for more than `num_eval_samples`."
     if config.eval_prompts is None: return prompt_fn
-    made = make_prompt_fn(config.eval_prompts)
+    try:
+        made = make_prompt_fn(config.eval_prompts)
+    except ValueError as error:
+        raise ValueError(f"eval_prompts {config.eval_prompts!r}: {error}") from error
     if len(getattr(made, "prompts", ())) > config.num_eval_samples:
         raise ValueError(f"eval_prompts {config.eval_prompts!r} has {len(made.prompts)} prompts: "
                          f"raise num_eval_samples, now {config.num_eval_samples}.")

@@ -76,7 +76,10 @@ def check_img_sizes(name, value):
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{name} must be sizes with commas, each height x width, such as "
                          f"512x512,448x576; not {value!r}.") from error
-    for size in sizes: check_img_size(name, size)
+    for size in sizes:
+        if min(size) < 8 or any(side % 8 for side in size):
+            raise ValueError(f"{name}: both sides of {size[0]}x{size[1]} must be multiples of 8 "
+                             "pixels (of 16 for some models).")
 
 
 def check_img_size(name, value):

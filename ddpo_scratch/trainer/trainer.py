@@ -25,7 +25,7 @@ from ..checks import check_reward_fn
 from ..models.flow import warn_of_much_noise
 from ..pipelines import is_flow
 from ..prompts import PromptDataset
-from ..scorers.names import WeightedSum, all_informed
+from ..scorers.names import WeightedSum, all_informed, parts_of
 from ..stat_tracker import PerPromptStatTracker
 from .checkpoints import random_states
 from .config import TrainerConfig
@@ -73,7 +73,7 @@ def check_rewards_of(
     eval_rewards: Mapping[str, Callable],
 ) -> None:
     "`TypeError` if one cannot be called with images and prompts; `ValueError` for no sum."
-    if config.decouple_rewards and not isinstance(reward_fn, WeightedSum):
+    if config.decouple_rewards and len(parts_of(reward_fn)) == 1:
         raise ValueError("decouple_rewards is for a sum of rewards, and this is one alone: leave "
                          "it out.")
     if not isinstance(eval_rewards, Mapping):
