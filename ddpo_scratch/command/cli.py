@@ -57,9 +57,9 @@ def check_prompts(
             if animals: animal_in(prompt)
             if texts: asked_text(prompt, facts.get(prompt, {}))
         except ValueError as error:
-            raise ValueError(f"{error} That is for the reward {config.reward} and the watched "
-                             f"{config.eval_rewards}: give other --prompts, another --reward, or "
-                             "other --eval_rewards (None watches none).") from error
+            raise ValueError(f"{error} (Rewards: {config.reward}; watched: {config.eval_rewards}.) "
+                             "Give other --prompts, --reward or --eval_rewards (None watches none)."
+                             ) from error
 
 
 def prepare(
