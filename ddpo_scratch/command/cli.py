@@ -75,8 +75,8 @@ def prepare(
     prompt_fn = make_prompt_fn(config.prompts)
     asked = make_eval_prompt_fn(config, prompt_fn)
     for one in (prompt_fn, asked): check_prompts(config, one)
-    family = configurations(config.pipeline).family
-    check_negative_prompt(family, config.negative_prompt)
+    if config.negative_prompt is not None:
+        check_negative_prompt(configurations(config.pipeline).family, config.negative_prompt)
     from_the_first(lambda: check_run_name(name, runs))
     for reward in all_rewards(config): file_of(reward)
     column_of(config.best_by, reward_weights(config.eval_rewards) if config.eval_rewards else ())
@@ -92,7 +92,7 @@ def prepare(
         if default_device(config.device).type == "cpu":
             raise ValueError("load_in_4bit needs a GPU: diffusers quantizes there only. Leave it "
                              "out; --plan computes its memory without one.")
-        options = loading_options(config, family.network)
+        options = loading_options(config, configurations(config.pipeline).family.network)
     pipe = load_pipeline(config.pipeline, config.device, frozen_type(config), **options)
     check_run(config, pipe)
     try:

@@ -98,7 +98,7 @@ class Progress:
     def after(self, epoch: int, ends: bool) -> None:
         if epoch in self.shown or ends: self.draw(f"epoch {epoch}")
 
-    def after_epoch(self, epoch: int) -> dict[str, np.ndarray]:  # uint8, [H, W, 3]
+    def drawn_after(self, epoch: int) -> dict[str, np.ndarray]:  # uint8, [H, W, 3]
         "The images that were drawn after this epoch, by prompt."
         drawn = self.images.get(f"epoch {epoch}")
         return {} if drawn is None else dict(zip(self.prompts, drawn.numpy()))
@@ -264,7 +264,7 @@ def run_training(
             if state.updates: write_file(folder / "updates.csv", csv_text(state.updates))
             ends = watch.after(row["epoch"], state)
             progress.after(row["epoch"], ends)
-            log.epoch(row, progress.after_epoch(row["epoch"]), watch.new(row["epoch"]))
+            log.epoch(row, progress.drawn_after(row["epoch"]), watch.new(row["epoch"]))
             ends = ends or row["epoch"] == config.num_epochs
             if row["epoch"] % config.save_every == 0 or ends: save()
             on_batch()

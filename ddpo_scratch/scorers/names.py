@@ -106,9 +106,10 @@ def needs_facts(
 def takes_facts(
     reward_fn: Callable,
 ) -> bool:
-    "Whether its third argument is called facts."
+    "Whether it wants a third argument, or has one that is called facts."
     signature = signature_of(reward_fn)
-    return signature is not None and [*signature.parameters][2:3] == ["facts"]
+    named = signature is not None and [*signature.parameters][2:3] == ["facts"]
+    return named or needs_facts(reward_fn)
 
 
 def informed(
@@ -126,8 +127,8 @@ def informed(
         raise ValueError(f"the reward {reward_name(reward_fn)} wants facts about all prompts, and "
                          f"{without[0]!r} has none: --prompts and --eval_prompts must both be "
                          ".jsonl files.")
-    use = facts and (wanted or takes_facts(reward_fn))
-    return WithFacts(reward_fn, facts, not wanted) if use else reward_fn
+    if not facts or not takes_facts(reward_fn): return reward_fn
+    return WithFacts(reward_fn, facts, optional=not wanted)
 
 
 def all_informed(

@@ -180,13 +180,13 @@ def without_openais_environment():
         os.environ.update(hidden)
 
 
-def picture_url(
+def png_text(
     image: np.ndarray,  # one image, uint8, [H, W, 3]
 ) -> str:
-    "The image as a data URL that contains it as PNG."
+    "The image as PNG, in base64."
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def number_in(
@@ -251,8 +251,9 @@ class VisionJudge:
     ) -> float:
         "Ask about one image, again if the answer is not usable; return the number."
         from openai import BadRequestError, OpenAIError
+        picture = "data:image/png;base64," + png_text(image)
         question = [{"type": "text", "text": self.question.replace("{prompt}", prompt)},
-                    {"type": "image_url", "image_url": {"url": picture_url(image)}}]
+                    {"type": "image_url", "image_url": {"url": picture}}]
         for _ in range(self.tries):
             try:
                 number = self.to_number(text_of(self.client.chat.completions.create(

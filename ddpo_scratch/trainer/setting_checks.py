@@ -60,6 +60,11 @@ def check_which_steps(name, value):
                          f"'0,3,6', or None; not {value!r}.")
 
 
+def is_side(value) -> bool:
+    "Whether an image may have so many pixels a side."
+    return is_number(value, numbers.Integral, 8) and value % 8 == 0
+
+
 def both_sides(value: int | tuple[int, int]) -> tuple[int, int]:
     return value if isinstance(value, tuple) else (value, value)
 
@@ -77,15 +82,14 @@ def check_img_sizes(name, value):
         raise ValueError(f"{name} must be sizes with commas, each height x width, such as "
                          f"512x512,448x576; not {value!r}.") from error
     for size in sizes:
-        if min(size) < 8 or any(side % 8 for side in size):
+        if not all(map(is_side, size)):
             raise ValueError(f"{name}: both sides of {size[0]}x{size[1]} must be multiples of 8 "
                              "pixels (of 16 for some models).")
 
 
 def check_img_size(name, value):
     sides = both_sides(value)
-    if len(sides) != 2 or not all(
-            is_number(side, numbers.Integral, 8) and side % 8 == 0 for side in sides):
+    if len(sides) != 2 or not all(map(is_side, sides)):
         raise ValueError(f"{name} must be a multiple of 8 pixels (of 16 for some models), or two "
                          f"of them, height and width; not {value!r}.")
 
