@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     ModelMixin,
@@ -57,6 +58,19 @@ def plain(folder, name):
     return kind.from_pretrained(folder, **WITHOUT_T5 if name == "sd3-without-t5" else {})
 
 
+def with_our_steps(pipe, name):
+    "A plain pipeline with the first-order steps that a policy takes, if its own are others."
+    if name in ("sd2", "sdxl"): pipe.scheduler = ddim_scheduler(pipe.scheduler.config)
+    if name == "sana":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(
+            pipe.scheduler.config, solver_order=1)
+    return pipe
+
+
+OWN = {"flux-schnell": dict(max_sequence_length=256),  # arguments that the models' cards name
+       "sana": dict(use_resolution_binning=False)}
+
+
 def noise(seed=0): return torch.Generator().manual_seed(seed)
 
 
@@ -66,18 +80,18 @@ def guidance_of(name): return 1.0 if name == "flux-schnell" else 3.0
 @pytest.mark.parametrize("name", TWINS)
 def test_same_pictures_as_plain_diffusers(name, twins):
     "Nearly without noise, from the same start, guided or not: within one grey level of `pipe(…)`."
-    ours, theirs = opened(twins[name]), plain(twins[name], name)
-    if name in ("sd2", "sdxl"): theirs.scheduler = ddim_scheduler(theirs.scheduler.config)
+    ours, theirs = opened(twins[name]), with_our_steps(plain(twins[name], name), name)
+    height, width = sides = (32, 64) if name == "sana" else (48, 64)  # SANA's are multiples of 32
     for guidance in {1.0, guidance_of(name)}:
         def drawn(prompts, guidance):
-            policy, (latents, _) = sample(prompts, ours, 5, guidance, 1e-6, (48, 64), noise(1))
+            policy, (latents, _) = sample(prompts, ours, 5, guidance, 1e-6, sides, noise(1))
             return policy.decode(latents[-1]).astype(int)
-        reads = dict(max_sequence_length=256) if name == "flux-schnell" else {}  # its card says so
-        expected = theirs(PROMPTS, height=48, width=64, guidance_scale=guidance, output_type="np",
-                          num_inference_steps=5, generator=noise(1), **reads).images
+        expected = theirs(prompt=PROMPTS, height=height, width=width, guidance_scale=guidance,
+                          output_type="np", num_inference_steps=5, generator=noise(1),
+                          **OWN.get(name, {})).images
         pictures = drawn(PROMPTS, guidance)
         assert abs(pictures - np.round(expected * 255)).max() <= 1
-        assert pictures.shape == (2, 48, 64, 3) and pictures.std() > 10
+        assert pictures.shape == (2, *sides, 3) and pictures.std() > 10
         assert abs(pictures - drawn(["a whale", "owl"], guidance)).max() > 1
         if guidance > 1: assert abs(pictures - drawn(PROMPTS, 9.0)).max() > 1
 
@@ -85,16 +99,15 @@ def test_same_pictures_as_plain_diffusers(name, twins):
 @pytest.mark.parametrize("name", [name for name in TWINS if not name.startswith("flux")])
 def test_negative_prompts_as_in_plain_diffusers(name, twins):
     "Guided away from one, or from the empty text, which for XL is not the same as from nothing."
-    ours, theirs = opened(twins[name]), plain(twins[name], name)
-    if name in ("sd2", "sdxl"): theirs.scheduler = ddim_scheduler(theirs.scheduler.config)
+    ours, theirs = opened(twins[name]), with_our_steps(plain(twins[name], name), name)
     drawn = {}
     for negative in (None, "", "a whale, blurred"):
         policy, (latents, _) = sample(PROMPTS, ours, 3, 3.0, 1e-6, (32, 32), noise(1),
                                       negative_prompt=negative)
         drawn[negative] = policy.decode(latents[-1]).astype(int)
-        expected = theirs(PROMPTS, height=32, width=32, guidance_scale=3.0, output_type="np",
-                          num_inference_steps=3, generator=noise(1),
-                          negative_prompt=None if negative is None else [negative] * 2).images
+        expected = theirs(prompt=PROMPTS, height=32, width=32, guidance_scale=3.0, output_type="np",
+                          num_inference_steps=3, generator=noise(1), **OWN.get(name, {}),
+                          **{} if negative is None else dict(negative_prompt=[negative] * 2)).images
         assert abs(drawn[negative] - np.round(expected * 255)).max() <= 1
     assert abs(drawn[None] - drawn["a whale, blurred"]).max() > 1
     assert (abs(drawn[None] - drawn[""]).max() > 1) == (name == "sdxl")
@@ -117,7 +130,8 @@ def tiny_run(**changes):
 
 
 @pytest.mark.parametrize("name, lora_rank", [
-    *((name, 0) for name in ("sd2", "sdxl", "sd3", "flux-dev")), *((name, 4) for name in TWINS),
+    *((name, 0) for name in ("sd2", "sdxl", "sd3", "flux-dev", "flux2", "sana")),
+    *((name, 4) for name in TWINS),
     pytest.param("sd3-without-t5", 0, marks=pytest.mark.slow),
     pytest.param("flux-schnell", 0, marks=pytest.mark.slow)])
 def test_training_saving_and_opening_again(name, lora_rank, twins):
@@ -161,7 +175,7 @@ def test_samples_do_not_see_each_other(name, twins):
     for guidance in {1.0, guidance_of(name)}:
         policy = Policy(pipe, 4, guidance, 0.7, (32, 32))
         cond = policy.encode(prompts)
-        assert cond.guided == (guidance > 1 and not name.startswith("flux"))
+        assert cond.guided == (guidance > 1 and not name.startswith("flux-"))
         for pick in ([2], [1, 0], slice(1, 3)):
             alone = policy.encode(np.array(prompts)[pick].tolist())
             torch.testing.assert_close(cond[pick].rows, alone.rows)
@@ -191,8 +205,9 @@ def test_all_stays_on_its_device(name, twins):
         policy, trajectory = sample(PROMPTS, pipe, 3, guidance, 0.7, (32, 32))
         assert {x.device.type for x in trajectory} == {"cuda"}
         latents, log_probs = trajectory
-        assert latents.shape == (4, 2, 4, 4, 4) and log_probs.shape == (3, 2)
-        assert pipe.vae.decode(latents[-1]).sample.device.type == "cuda"
+        shape = (16, 2, 2) if name == "flux2" else (4, 4, 4)
+        assert latents.shape == (4, 2, *shape) and log_probs.shape == (3, 2)
+        assert policy.vae.decode(latents[-1]).sample.device.type == "cuda"
         samples = Samples(
             *trajectory, torch.empty(2, device="cuda"), policy.encode(PROMPTS).to("cuda"))
         pairs = torch.arange(2, device="cuda")
@@ -203,7 +218,7 @@ def test_all_stays_on_its_device(name, twins):
 
 
 @pytest.mark.parametrize("name, lora_rank", [
-    ("sd2", 4), ("sdxl", 4), ("sd3", 4), ("flux-dev", 4),
+    ("sd2", 4), ("sdxl", 4), ("sd3", 4), ("flux-dev", 4), ("flux2", 4), ("sana", 4),
     *(pytest.param(*names, marks=pytest.mark.slow) for names in (
         ("sdxl", 0), ("sd3-without-t5", 4), ("flux-schnell", 4)))])
 def test_blocks_are_one_graph_each(name, lora_rank, twins):

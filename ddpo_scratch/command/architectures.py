@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from diffusers import AutoencoderKL
 from transformers import AutoConfig
 
-from ddpo_scratch.models.families import FAMILIES, family_in
+from ddpo_scratch.models.families import FAMILIES, family_in, set_checkpointing
 from ddpo_scratch.models.stable_diffusion import StableDiffusion
 from ddpo_scratch.pipelines import EMBEDDED, pipeline_source
 from ddpo_scratch.trainer.config import TrainerConfig
@@ -60,12 +59,28 @@ STABLE_DIFFUSION_35 = Made(
 FLUX_1 = Made(
     FAMILIES["FluxPipeline"], {"guidance_embeds": True},
     STABLE_DIFFUSION_35.vae, [("CLIPTextModel", CLIP_L), ("T5EncoderModel", T5_XXL)])
+FLUX_2_KLEIN = Made(
+    FAMILIES["Flux2KleinPipeline"],
+    {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
+     "joint_attention_dim": 7680, "guidance_embeds": False}, {},
+    [("Qwen3ForCausalLM", {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+        "num_key_value_heads": 8, "tie_word_embeddings": True})])
+SANA = Made(
+    FAMILIES["SanaPipeline"], {},
+    {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (
+        ("block_types", ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3),
+        ("qkv_multiscales", ((), (), (), (5,), (5,), (5,))))}
+    | {"downsample_block_type": "conv", "upsample_block_type": "interpolate"},
+    [("Gemma2Model", {})])
 SHIPPED = {
     "CompVis/stable-diffusion-v1-4": STABLE_DIFFUSION_1,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": STABLE_DIFFUSION_1,
     "stabilityai/stable-diffusion-xl-base-1.0": STABLE_DIFFUSION_XL,
     "stabilityai/stable-diffusion-3.5-medium": STABLE_DIFFUSION_35,
-    "black-forest-labs/FLUX.1-dev": FLUX_1}
+    "black-forest-labs/FLUX.1-dev": FLUX_1,
+    "black-forest-labs/FLUX.2-klein-base-4B": FLUX_2_KLEIN,
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": SANA}
 
 # %% ../../nbs/practice/28_plan.ipynb 7
 def configurations(
@@ -80,7 +95,7 @@ def configurations(
         others = pipeline_source("emoji") if name in EMBEDDED else source
         return Made(
             family, family.network_class.load_config(source, subfolder=family.network),
-            AutoencoderKL.load_config(others, subfolder="vae"),
+            family.vae_class.load_config(others, subfolder="vae"),
             [(parts[part][1], AutoConfig.from_pretrained(others, subfolder=part).to_dict())
              for part in ("text_encoder", "text_encoder_2", "text_encoder_3")
              if parts.get(part, (None, None))[1]])
@@ -151,14 +166,14 @@ def models(
         built = build(made.family.network_class, made.network, config)
         return in_four_bits(built) if config.load_in_4bit else built
     with torch.device("meta"):
-        trained, vae = network(), AutoencoderKL.from_config(made.vae).eval()
+        trained, vae = network(), made.family.vae_class.from_config(made.vae).eval()
         text_encoders = [build(getattr(transformers, name), settings, config)
                          for name, settings in made.text_encoders]
         has_copy = config.beta > 0 and not config.lora_rank
         reference = network().requires_grad_(False) if has_copy else None
     for module in (vae, *text_encoders): module.requires_grad_(False)
     if config.gradient_checkpointing:
-        for module in (trained, vae): module.enable_gradient_checkpointing()
+        for module in (trained, vae): set_checkpointing(module, True)
     if config.lora_rank:
         add_lora(trained, config.lora_rank, config.lora_alpha, config.lora_targets)
         if config.beta > 0: reference = AdapterOff(trained)

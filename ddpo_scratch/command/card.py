@@ -38,8 +38,8 @@ Unless another sampler is named, the numbers above are of {this}:
 
 ```python
 {opening}
-picture = pipe({example!r}, num_inference_steps={num_timesteps},{eta_argument} guidance_scale={cfg},
-               height={height}, width={width}{calling}).images[0]
+picture = pipe(prompt={example!r}, num_inference_steps={num_timesteps},{eta_argument}
+               guidance_scale={cfg}, height={height}, width={width}{calling}).images[0]
 ```
 
 All settings:
@@ -112,7 +112,8 @@ def model_card(
         arithmetic="fp32" if config.mixed_precision == "no" else config.mixed_precision,
         head=ModelCardData(
             base_model=config.pipeline if is_hub else None, library_name="diffusers",
-            tags=["text-to-image", "stable-diffusion" if name.startswith("Stable") else "flux",
+            tags=["text-to-image", "stable-diffusion" if name.startswith("Stable") else
+                  name.removesuffix("Pipeline").lower(),
                   "reinforcement-learning", config.algorithm, *["lora"] * lora]).to_yaml(),
         method=ALGORITHMS[config.algorithm], asked=config.eval_prompts or config.prompts,
         trained_on=f"the preferences in `{config.preferences}`" if config.preferences

@@ -79,7 +79,7 @@ class Work:
         self.network, self.reference, self.vae, self.text_encoders = models(config, made)
         self.modules = [module for module in (self.network, self.vae, self.reference)
                         if isinstance(module, torch.nn.Module)]
-        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.factor = self.family.factor(self.vae) * self.family.merges
         own = made.network.get("sample_size")
         own = own * self.factor if isinstance(own, int) else 0
         for size in (*config.sizes, config.eval_sides): check_is_meant(min(size), own)
@@ -98,7 +98,7 @@ class Work:
 
     def policy(self) -> Policy:
         "A policy of one step, with a schedule of the surrounding tensor mode."
-        pipe = SimpleNamespace(vae_scale_factor=self.factor, vae=self.vae)
+        pipe = SimpleNamespace(vae_scale_factor=self.factor // self.family.merges, vae=self.vae)
         policy = Policy(pipe, 1, self.config.cfg, self.config.eta, self.size,
                         self.precision)
         schedule = Schedule(*(torch.zeros(1) for _ in range(6)), "epsilon", None)
@@ -139,7 +139,7 @@ class Work:
     def decode(self, policy, latents, cond) -> None:
         pixels = math.prod(latents.shape[-2:]) * self.factor**2
         at_once = max(1, 2**20 // pixels)
-        with torch.no_grad(): self.vae.decode(latents[0, :at_once])
+        with torch.no_grad(): policy.vae.decode(latents[0, :at_once])
 
     def peak(self, step, samples: int) -> int:
         "Peak bytes of a step for a number of samples, without weights and gradients."

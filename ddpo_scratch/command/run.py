@@ -40,7 +40,6 @@ from ddpo_scratch.command.folder import (
 from ddpo_scratch.command.log import Log
 from ddpo_scratch.command.watch import Watch, column_of
 from ddpo_scratch.models.families import family_of, network_of, text_encoders
-from ddpo_scratch.sampling import decoding_fn
 from ddpo_scratch.scorers.names import all_informed, ask, make_eval_rewards
 from ddpo_scratch.trainer.checkpoints import (
     Stopped,
@@ -116,7 +115,7 @@ def plain_reward(
     guides = family.guides and config.cfg <= 1  # then the call doubles the batch
     at_a_time = -(-config.sample_batch_size // (1 + guides))
     batches = [batch for batch in sampling_batches(len(prompts[:64]), at_a_time) if len(batch)]
-    side = policy_of(config, pipe, config.eval_sides).latent_shape[1:]
+    policy = policy_of(config, pipe, config.eval_sides)
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         words = [{name: x.cpu() for name, x in family.embeddings(
@@ -129,8 +128,7 @@ def plain_reward(
                     **{name: x.to(network.device) for name, x in given.items()}, height=height,
                     width=width, generator=noise, output_type="latent", **family.calling(pipe)
                 ).images
-            drawn = family.unpacked(drawn, *side)
-            images = decoding_fn(drawn, pipe)
+            images = policy.decode(family.unpacked(pipe, drawn, *policy.latent_shape[1:]))
             rewards.append(ask(reward_fn, images, [prompts[i] for i in batch]))
     pipe.set_progress_bar_config(**bar)
     return torch.cat(gathered(rewards)).mean().item()

@@ -47,7 +47,7 @@ class Flux(StableDiffusion):
         no_places = places.new_zeros(rows["encoder_hidden_states"].shape[1], 3)
         output = network(tiles.flatten(2).transpose(1, 2), timestep=t.expand(len(x)) / 1000,
                          img_ids=places, txt_ids=no_places, **rows).sample
-        return self.unpacked(output, *x.shape[-2:])
+        return self.unpacked(None, output, *x.shape[-2:])
 
     def blank(self, config, count, tokens):
         words = torch.zeros(count, self.tokens(config), config.joint_attention_dim)
@@ -55,7 +55,7 @@ class Flux(StableDiffusion):
                     pooled_projections=torch.zeros(count, config.pooled_projection_dim))
         return rows | (dict(guidance=torch.zeros(count)) if config.guidance_embeds else {})
 
-    def unpacked(self, latents, height, width):
+    def unpacked(self, pipe, latents, height, width):
         tiles = latents.transpose(1, 2).unflatten(2, (height // 2, width // 2))
         return F.pixel_shuffle(tiles, 2)
 

@@ -4,7 +4,14 @@
 # %% ../../nbs/practice/22_models.ipynb 8
 "Stable Diffusion 1 and 2, and the interface of a model family."
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+
+from ddpo_scratch.models.flow import shift_of
 
 # %% ../../nbs/practice/22_models.ipynb 9
 POOLED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
@@ -15,10 +22,12 @@ class StableDiffusion:
     "Stable Diffusion 1 and 2; the base class of the other families."
     pipeline = StableDiffusionPipeline
     network, network_class = "unet", UNet2DConditionModel  # the trained part: its name and class
+    vae_class = AutoencoderKL
     flow = False      # whether its scheduler is always a flow model's
     guides = True     # a guidance scale above 1 calls the network with the prompt and without
     patch = 1         # height and width of latents must be multiples of it
     packed = 1        # the network's channels divided by the latents' channels
+    merges = 1        # a value of the latents stands for merges × merges places of the VAE's own
 
     def reads(self, pipe: DiffusionPipeline) -> tuple:
         "The tokenizer with the highest limit on a prompt's length, and that limit in tokens."
@@ -62,9 +71,21 @@ class StableDiffusion:
         "Arguments of zeros for a network of this config: `count` rows, `tokens` CLIP tokens."
         return dict(encoder_hidden_states=torch.zeros(count, tokens, config.cross_attention_dim))
 
-    def unpacked(self, latents, height: int, width: int) -> torch.Tensor:
-        "Reshape latents that the pipeline's own call returned to [B, C, h, w]."
+    def factor(self, vae: torch.nn.Module) -> int:
+        "Height and width of an image divided by those of its latent."
+        return 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def latent_vae(self, vae):
+        "An object that is called like the VAE and whose latents are the network's."
+        return vae
+
+    def unpacked(self, pipe, latents, height: int, width: int) -> torch.Tensor:
+        "Convert latents that the pipeline's own call returned to the network's, [B, C, h, w]."
         return latents
+
+    def shift(self, scheduler, patches: int, steps: int) -> float | None:
+        "The shift μ of a flow model's noise levels, by the number of patches and of steps."
+        return shift_of(scheduler, patches)
 
     def sigmas(self, steps: int) -> tuple[float, ...] | None:
         "A flow model's noise levels before the shift; None: the scheduler's own levels."

@@ -17,7 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from ..checks import check_rewards, reward_name
 from ..models.conditioning import Conditioning
-from ..models.families import frozen_parts, text_encoders
+from ..models.families import frozen_parts, set_checkpointing, text_encoders
 from ..rewards import picture_arrays
 from ..sampling import decode_latents
 from ..scorers.names import WeightedSum, ask, marking_errors, parts_of
@@ -34,7 +34,7 @@ def decoded(
     latents: torch.Tensor,  # clean ones, [B, C, h, w]
 ) -> torch.Tensor:          # images, at least float32, [B, 3, H, W], from 0 to 1
     "The tutorial's `decoding_fn` with a gradient, and without rounding."
-    images = decode_latents(latents, policy.pipe.vae)
+    images = decode_latents(latents, policy.vae)
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     return (images / 2 + 0.5).clamp(0, 1)
 
@@ -119,10 +119,9 @@ class DRaFTTrainer(Trainer):
         check_differentiable(reward_fn)
 
     def learn(self, epoch: int, on_batch: Callable[[], None]) -> dict[str, torch.Tensor]:
-        config, rollout, vae = self.config, self.state.rollout, self.pipe.vae
+        config, rollout = self.config, self.state.rollout
         for part in frozen_parts(self.pipe): part.requires_grad_(False)
-        (vae.enable_gradient_checkpointing if config.gradient_checkpointing
-         else vae.disable_gradient_checkpointing)()
+        set_checkpointing(self.pipe.vae, config.gradient_checkpointing)
         self.draw_prompts()
         count = config.num_samples_per_epoch
         rollout.batches = rollout.batches or [

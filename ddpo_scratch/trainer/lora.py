@@ -90,7 +90,7 @@ class AdapterOff:
     "The UNet without its adapter; called like the UNet, holds no weights of its own."
 
     def __init__(self, unet: torch.nn.Module):
-        self.unet, self.dtype = unet, unet.dtype
+        self.unet, self.dtype, self.config = unet, unet.dtype, unet.config
 
     def __call__(self, *args, **kwargs):
         self.unet.disable_adapters()

@@ -14,6 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 
+from ddpo_scratch.models.families import family_of
 from ddpo_scratch.trainer.presets import from_json
 
 
@@ -108,10 +109,13 @@ def encoded(
     """Images to latents, about a megapixel at a time: the other way than `decoding_fn`.
 
     The mean of the VAE's distribution. `ValueError` if a latent is NaN or infinite."""
-    vae, shift = pipe.vae, pipe.vae.config.get("shift_factor") or 0
+    vae = family_of(pipe).latent_vae(pipe.vae)
+    shift = vae.config.get("shift_factor") or 0
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
     parts = pixels.split(max(1, 2**20 // (images.shape[1] * images.shape[2])))
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in parts]) - shift
+    found = [vae.encode(part) for part in parts]  # SANA's VAE has no distribution
+    latents = torch.cat([part.latent_dist.mode() if hasattr(part, "latent_dist") else part.latent
+                         for part in found]) - shift
     if not latents.isfinite().all():
         raise ValueError("the VAE's latents are NaN or infinite: keep the VAE in float32.")
     return latents * vae.config.scaling_factor

@@ -10,6 +10,7 @@ import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import NamedTuple
 from weakref import WeakSet
 
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_map
 from ..checks import check_latents, check_size, check_steps
 from ..models.conditioning import Conditioning
 from ..models.families import family_of
-from ..models.flow import flow_schedule, shift_of
+from ..models.flow import flow_schedule
 from ..models.stable_diffusion import StableDiffusion
 from ..pipelines import is_flow
 from ddpo_scratch.sampling import (
@@ -106,9 +107,14 @@ class Policy:
         return torch.promote_types(self.network.dtype, torch.float32)
 
     @cached_property
+    def factor(self) -> int:
+        "Height and width of an image divided by those of its latent."
+        return self.pipe.vae_scale_factor * self.family.merges
+
+    @cached_property
     def latent_shape(self) -> tuple[int, int, int]:  # C, h, w
         channels = self.network.config.in_channels // self.family.packed
-        return channels, *(side // self.pipe.vae_scale_factor for side in self.size)
+        return channels, *(side // self.factor for side in self.size)
 
     @cached_property
     def schedule(self) -> Schedule:  # on the network's device
@@ -129,7 +135,7 @@ class Policy:
         own = scheduler.config.get("use_flow_sigmas")
         sigmas = None if own else self.family.sigmas(self.steps)
         patch = self.family.patch
-        mu = shift_of(scheduler, (height // patch) * (width // patch))
+        mu = self.family.shift(scheduler, (height // patch) * (width // patch), self.steps)
         return flow_schedule(scheduler, self.steps, eta, sigmas, mu, self.flow_sampler)
 
     @torch.no_grad()
@@ -157,7 +163,7 @@ class Policy:
         x, cond = x_t.to(network.dtype), cond.to(network.dtype)
         if cond.guided: x, n = torch.cat([x, x]), torch.cat([n, n]) if n.ndim else n
         with arithmetic(self.mixed_precision, x.device):
-            output = self.family.ask(self.pipe.vae_scale_factor, network, x, n, cond.rows)
+            output = self.family.ask(self.factor, network, x, n, cond.rows)
         output = output.to(x_t.dtype)
         if not cond.guided: return output
         without_prompt, with_prompt = output.chunk(2)
@@ -195,12 +201,17 @@ class Policy:
             log_probs.append(calculate_log_probs(latents[-1], mean, std).flatten(1).mean(1))
         return Trajectory(torch.stack(latents), torch.stack(log_probs))
 
+    @property
+    def vae(self):
+        "The pipeline's VAE, or what is called like it, for this network's latents."
+        return self.family.latent_vae(self.pipe.vae)
+
     def decode(
         self,
         latents: torch.Tensor,  # clean ones, [B, C, h, w]
     ) -> np.ndarray:            # images, uint8, [B, H, W, 3]
         "The tutorial's `decoding_fn`."
-        return decoding_fn(latents, self.pipe)
+        return decoding_fn(latents, SimpleNamespace(vae_scale_factor=self.factor, vae=self.vae))
 
 # %% ../../nbs/practice/15_policy.ipynb 11
 def check_pipe(
@@ -217,10 +228,11 @@ def check_pipe(
         raise TypeError(f"the pipeline's scheduler is a {type(pipe.scheduler).__name__}; the "
                         "policy is DDIM's step, or a flow model's. Use load_pipeline, or set "
                         "pipe.scheduler = ddim_scheduler(pipe.scheduler.config).")
-    if pipe.tokenizer.model_max_length > 1_000_000:
+    if family.reads(pipe)[1] > 1_000_000:
         raise ValueError("the tokenizer does not say how many tokens the text encoder reads: its "
                          "files are missing or damaged.")
-    check_latents(pipe, family.network, pipe.vae.config.latent_channels * family.packed)
+    own = pipe.vae.config.latent_channels * family.merges**2
+    check_latents(pipe, family.network, own * family.packed)
 
 
 def check_negative_prompt(
@@ -247,10 +259,10 @@ def check_policy(
         raise ValueError(f"guidance_scale is {policy.guidance_scale}, and this model takes none "
                          "(it was distilled to need none, like Flux schnell): set cfg to 1.")
     check_negative_prompt(policy.family, policy.negative_prompt)
-    factor = policy.pipe.vae_scale_factor * policy.family.patch
+    factor = policy.factor * policy.family.patch
     most = policy.network.config.get("pos_embed_max_size")  # patches that have a place
     own = policy.network.config.get("sample_size")
-    own = own * policy.pipe.vae_scale_factor if isinstance(own, int) else 0
+    own = own * policy.factor if isinstance(own, int) else 0
     height, width = policy.size
     sides = {name: height} if height == width else {
         f"{name}'s height": height, f"{name}'s width": width}

@@ -22,6 +22,7 @@ from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from ..checks import check_reward_fn
+from ..models.families import set_checkpointing
 from ..models.flow import warn_of_much_noise
 from ..pipelines import is_flow
 from ..prompts import PromptDataset
@@ -294,8 +295,7 @@ class Trainer:
         `eval_rewards` (eval_…), loss, grad_norm, what the algorithm measures, lr, skipped
         (updates) and seconds; where beta is above 0 ref_kl, too."""
         config, state, network = self.config, self.state, self.policy.network
-        (network.enable_gradient_checkpointing if config.gradient_checkpointing
-         else network.disable_gradient_checkpointing)()
+        set_checkpointing(network, config.gradient_checkpointing)
         network.eval()  # without dropout, sampling and loss see one policy
         for epoch in self.bar(range(len(state.history), config.num_epochs), "epochs"):
             start = time.perf_counter()

@@ -8,13 +8,20 @@ __all__ = ['TWINS', 'make_twin']
 # %% ../../nbs/appendix/81_twins.ipynb 3
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -26,6 +33,12 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -117,11 +130,64 @@ def small_flux(tokenizer: CLIPTokenizer, dev: bool = True) -> FluxPipeline:
         small_clip(CLIPTextModel, tokenizer, 16, "quick_gelu"), tokenizer, t5, t5_tokenizer,
         transformer)
 
-# %% ../../nbs/appendix/81_twins.ipynb 10
+# %% ../../nbs/appendix/81_twins.ipynb 11
+def small_qwen(width: int) -> tuple[Qwen3ForCausalLM, Qwen2Tokenizer]:
+    pieces = ["<|endoftext|>", "Ġ", "Ċ", ":", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = Qwen2Tokenizer({piece: i for i, piece in enumerate(pieces)}, [],
+                               chat_template="user: {{ messages[0]['content'] }}\n")
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=28,
+        num_attention_heads=1, num_key_value_heads=1, head_dim=width, pad_token_id=0,
+        tie_word_embeddings=True)), tokenizer
+
+
+def small_flux2(tokenizer: CLIPTokenizer) -> Flux2KleinPipeline:
+    vae = AutoencoderKLFlux2(block_out_channels=(4, 4, 4, 8), latent_channels=4, norm_num_groups=2)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=24, timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
+    qwen, qwen_tokenizer = small_qwen(8)
+    return Flux2KleinPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae, qwen,
+        qwen_tokenizer, transformer)
+
+# %% ../../nbs/appendix/81_twins.ipynb 13
+def small_gemma(width: int) -> tuple[Gemma2Model, GemmaTokenizer]:
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = GemmaTokenizer({piece: i for i, piece in enumerate(pieces)}, [],
+                               add_bos_token=True)
+    return Gemma2Model(Gemma2Config(
+        vocab_size=len(pieces), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8)), tokenizer
+
+
+def small_sana(tokenizer: CLIPTokenizer) -> SanaPipeline:
+    sides = {f"{side}_block_{what}": value for side in ("encoder", "decoder") for what, value in (
+        ("types", ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")),
+        ("out_channels", (4, 4, 8, 8)))}
+    vae = AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, encoder_layers_per_block=(1, 1, 1, 1), **sides,
+        decoder_layers_per_block=(1, 1, 1, 1), encoder_qkv_multiscales=((), (), (), (5,)),
+        decoder_qkv_multiscales=((), (), (), (5,)), downsample_block_type="conv",
+        upsample_block_type="interpolate", scaling_factor=0.41407)
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2,
+        num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
+        caption_channels=24, sample_size=4)
+    gemma, gemma_tokenizer = small_gemma(24)
+    return SanaPipeline(
+        gemma_tokenizer, gemma, vae, transformer, DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0))
+
+# %% ../../nbs/appendix/81_twins.ipynb 14
 TWINS = {
     "sd2": small_sd2, "sdxl": small_sdxl, "sd3": small_sd3,
     "sd3-without-t5": lambda tokenizer: small_sd3(tokenizer, with_t5=False), "flux-dev": small_flux,
-    "flux-schnell": lambda tokenizer: small_flux(tokenizer, dev=False)}
+    "flux-schnell": lambda tokenizer: small_flux(tokenizer, dev=False), "flux2": small_flux2,
+    "sana": small_sana}
 
 
 def make_twin(
