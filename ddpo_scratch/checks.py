@@ -21,7 +21,7 @@ from .ranges import check_count, check_positive, is_number
 
 # %% ../nbs/appendix/90_checks.ipynb 9
 TRAINABLE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline",
-             "FluxPipeline", "Flux2KleinPipeline", "SanaPipeline")
+             "FluxPipeline", "Flux2KleinPipeline", "QwenImagePipeline", "SanaPipeline")
 SPARED = {  # parts that may be left out; those of a group only together
     "StableDiffusionPipeline": (("safety_checker",), ("feature_extractor",)),
     "StableDiffusion3Pipeline": (("text_encoder_3", "tokenizer_3"),)}
@@ -58,13 +58,14 @@ def check_latents(
     pipe: diffusers.DiffusionPipeline,
     network: str,    # name of the trained part
     channels: int,   # that it should take and give
+    gives: int | None = None,  # that it gives; None: what its configuration says
 ) -> None:
     "`ValueError` for a scheduler or a network that is not made for the pipeline's latents."
     if pipe.scheduler.config.get("thresholding"):
         raise ValueError("the scheduler thresholds x_0 dynamically, which is not a latent model's; "
                          "set thresholding=False.")
     config = getattr(pipe, network).config
-    takes, gives = config.in_channels, config.out_channels or config.in_channels
+    takes, gives = config.in_channels, gives or config.out_channels or config.in_channels
     if not takes == gives == channels:
         raise ValueError(f"the {network} takes {takes} channels and gives {gives}, where the "
                          f"latents have {channels}: all must be the same. (Models for inpainting "

@@ -66,6 +66,13 @@ FLUX_2_KLEIN = Made(
     [("Qwen3ForCausalLM", {
         "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
         "num_key_value_heads": 8, "tie_word_embeddings": True})])
+QWEN_IMAGE = Made(
+    FAMILIES["QwenImagePipeline"], {}, {},
+    [("Qwen2_5_VLForConditionalGeneration", {
+        "text_config": {
+            "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
+        "vision_config": {"hidden_size": 1280, "out_hidden_size": 3584}})])
 SANA = Made(
     FAMILIES["SanaPipeline"], {},
     {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in (
@@ -80,6 +87,7 @@ SHIPPED = {
     "stabilityai/stable-diffusion-3.5-medium": STABLE_DIFFUSION_35,
     "black-forest-labs/FLUX.1-dev": FLUX_1,
     "black-forest-labs/FLUX.2-klein-base-4B": FLUX_2_KLEIN,
+    "Qwen/Qwen-Image": QWEN_IMAGE,
     "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": SANA}
 
 # %% ../../nbs/practice/28_plan.ipynb 7
@@ -192,6 +200,9 @@ def move_here(
                 if isinstance(old, torch.nn.Parameter):
                     new = torch.nn.Parameter(new, old.requires_grad)
                 kind[name] = new
+        for name, old in vars(part).items():  # Qwen-Image's positions, which are no buffers
+            if isinstance(old, torch.Tensor):
+                setattr(part, name, torch.empty(old.shape, dtype=old.dtype))
 
 # %% ../../nbs/practice/28_plan.ipynb 9
 def preset_for(

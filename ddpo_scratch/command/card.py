@@ -39,7 +39,7 @@ Unless another sampler is named, the numbers above are of {this}:
 ```python
 {opening}
 picture = pipe(prompt={example!r}, num_inference_steps={num_timesteps},{eta_argument}
-               guidance_scale={cfg}, height={height}, width={width}{calling}).images[0]
+               {scale_name}={cfg}, height={height}, width={width}{calling}).images[0]
 ```
 
 All settings:
@@ -78,7 +78,9 @@ def model_card(
     lora: bool,          # whether an adapter was trained
 ) -> str:
     "The model card: what was trained and how, and code that loads the model and samples."
-    flow, name = is_flow(pipe.scheduler), family_of(pipe).pipeline.__name__
+    flow, family = is_flow(pipe.scheduler), family_of(pipe)
+    name, away = family.pipeline.__name__, config.negative_prompt
+    if away is None and config.cfg > 1: away = family.empty
     here, is_hub = "path/to/this/folder", HUB_NAME.fullmatch(config.pipeline)
     is_embedded = config.pipeline in EMBEDDED
     base = "path/to/" * Path(config.pipeline).is_absolute() + without_folders(config.pipeline)
@@ -123,9 +125,9 @@ def model_card(
         this=("this" if usual else f"that sampling;\n{theirs}")
         + ", and of weights in 4 bits (nf4),\nwhich are in 16 bits below" * config.load_in_4bit,
         eta_argument="" if flow else f" eta={config.eta},",
+        scale_name=family.scale_name,
         calling="".join(f", {key}={value!r}" for key, value in (
-            family_of(pipe).calling(pipe) | ({} if config.negative_prompt is None else {
-                "negative_prompt": config.negative_prompt})).items()),
+            family.calling(pipe) | (dict(negative_prompt=away) if away else {})).items()),
         verdict="\n".join(f"- {line}" for line in verdict.splitlines()),
         settings=as_yaml(asdict(config)))
 

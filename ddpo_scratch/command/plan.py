@@ -108,7 +108,7 @@ class Work:
     def inputs(self, samples: int, sides) -> tuple[Policy, torch.Tensor, Conditioning]:
         "Arguments of a step: the policy, two latents for each sample, and the conditioning."
         guided, family = self.guided, self.family
-        tokens = self.text_encoders[0].config.max_position_embeddings
+        tokens = getattr(self.text_encoders[0].config, "max_position_embeddings", 0)  # CLIP's
         rows = family.blank(self.network.config, samples * (1 + guided), tokens)
         latents = torch.zeros(2, samples, self.channels, *sides)
         return self.policy(), latents, Conditioning(rows, guided)

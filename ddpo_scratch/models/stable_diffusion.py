@@ -28,6 +28,8 @@ class StableDiffusion:
     patch = 1         # height and width of latents must be multiples of it
     packed = 1        # the network's channels divided by the latents' channels
     merges = 1        # a value of the latents stands for merges × merges places of the VAE's own
+    scale_name = "guidance_scale"  # of the pipeline's own `__call__`
+    empty = ""        # the text that guidance leads away from without a negative prompt
 
     def reads(self, pipe: DiffusionPipeline) -> tuple:
         "The tokenizer with the highest limit on a prompt's length, and that limit in tokens."
@@ -67,6 +69,10 @@ class StableDiffusion:
         "Call the network and return its output; a latent value covers factor × factor pixels."
         return network(x, t, **rows).sample
 
+    def guide(self, without, given, scale: float) -> torch.Tensor:
+        "Classifier-free guidance: outputs without and with the prompt, [B, C, h, w], to one."
+        return without + scale * (given - without)
+
     def blank(self, config, count: int, tokens: int) -> dict:
         "Arguments of zeros for a network of this config: `count` rows, `tokens` CLIP tokens."
         return dict(encoder_hidden_states=torch.zeros(count, tokens, config.cross_attention_dim))
@@ -74,6 +80,14 @@ class StableDiffusion:
     def factor(self, vae: torch.nn.Module) -> int:
         "Height and width of an image divided by those of its latent."
         return 2 ** (len(vae.config.block_out_channels) - 1)
+
+    def channels(self, vae: torch.nn.Module) -> int:
+        "Channels of the latents."
+        return vae.config.latent_channels
+
+    def gives(self, config) -> int:
+        "Channels of the network's output."
+        return config.out_channels or config.in_channels
 
     def latent_vae(self, vae):
         "An object that is called like the VAE and whose latents are the network's."

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from ..checks import check_latents, check_size, check_steps
 from ..models.conditioning import Conditioning
-from ..models.families import family_of
+from ..models.families import family_of, network_of
 from ..models.flow import flow_schedule
 from ..models.stable_diffusion import StableDiffusion
 from ..pipelines import is_flow
@@ -167,7 +167,7 @@ class Policy:
         output = output.to(x_t.dtype)
         if not cond.guided: return output
         without_prompt, with_prompt = output.chunk(2)
-        return without_prompt + self.guidance_scale * (with_prompt - without_prompt)
+        return self.family.guide(without_prompt, with_prompt, self.guidance_scale)
 
     def step(
         self,
@@ -231,8 +231,8 @@ def check_pipe(
     if family.reads(pipe)[1] > 1_000_000:
         raise ValueError("the tokenizer does not say how many tokens the text encoder reads: its "
                          "files are missing or damaged.")
-    own = pipe.vae.config.latent_channels * family.merges**2
-    check_latents(pipe, family.network, own * family.packed)
+    check_latents(pipe, family.network, family.channels(pipe.vae) * family.packed,
+                  family.gives(network_of(pipe).config))
 
 
 def check_negative_prompt(

@@ -129,14 +129,17 @@ PRESETS["flux"] = replace(
     PRESETS["sd35"], pipeline="black-forest-labs/FLUX.1-dev", mixed_precision="bf16",
     num_timesteps=6, cfg=3.5, eta=0.9, beta=0.0, clip_ratio=1e-3, sample_batch_size=3,
     micro_batch_size=3)
+PRESETS["flux_24gb"] = replace(
+    PRESETS["flux"], load_in_4bit=True, sample_batch_size=1, micro_batch_size=1)
 PRESETS["flux2"] = replace(
     PRESETS["flux"], pipeline="black-forest-labs/FLUX.2-klein-base-4B", num_timesteps=10, cfg=4.0,
     eta=0.7, lora_targets=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"))
+PRESETS["qwen_image"] = replace(
+    PRESETS["flux_24gb"], pipeline="Qwen/Qwen-Image", num_timesteps=10, cfg=4.0, eta=0.7,
+    sample_batch_size=4, micro_batch_size=4)
 PRESETS["sana"] = replace(
     PRESETS["sd35"], pipeline="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
     img_size=1024, mixed_precision="bf16", clip_ratio=1e-3, lora_targets=LORA_TARGETS)
-PRESETS["flux_24gb"] = replace(
-    PRESETS["flux"], load_in_4bit=True, sample_batch_size=1, micro_batch_size=1)
 
 # %% ../../nbs/practice/14_config.ipynb 20
 def make_prompt_fn(

@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
@@ -20,6 +21,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -36,6 +39,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -131,10 +136,14 @@ def small_flux(tokenizer: CLIPTokenizer, dev: bool = True) -> FluxPipeline:
         transformer)
 
 # %% ../../nbs/appendix/81_twins.ipynb 11
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    pieces = ["<|endoftext|>", "Ġ", "Ċ", ":", ",", *"abcdefghijklmnopqrstuvwxyz"]
+    return Qwen2Tokenizer({piece: i for i, piece in enumerate(pieces)}, [],
+                          chat_template="user: {{ messages[0]['content'] }}\n")
+
+
 def small_qwen(width: int) -> tuple[Qwen3ForCausalLM, Qwen2Tokenizer]:
-    pieces = ["<|endoftext|>", "Ġ", "Ċ", ":", *"abcdefghijklmnopqrstuvwxyz"]
-    tokenizer = Qwen2Tokenizer({piece: i for i, piece in enumerate(pieces)}, [],
-                               chat_template="user: {{ messages[0]['content'] }}\n")
+    tokenizer = qwen_tokenizer()
     return Qwen3ForCausalLM(Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width, num_hidden_layers=28,
         num_attention_heads=1, num_key_value_heads=1, head_dim=width, pad_token_id=0,
@@ -149,12 +158,39 @@ def small_flux2(tokenizer: CLIPTokenizer) -> Flux2KleinPipeline:
         in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=24, timestep_guidance_channels=16,
         axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
-    qwen, qwen_tokenizer = small_qwen(8)
+    qwen, own_tokenizer = small_qwen(8)
     return Flux2KleinPipeline(
         FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True), vae, qwen,
-        qwen_tokenizer, transformer)
+        own_tokenizer, transformer)
 
 # %% ../../nbs/appendix/81_twins.ipynb 13
+INSTRUCTION = ("the image by detailing color shape size texture quantity text spatial "
+               "relationships of objects and background").split()
+
+
+def small_qwen_image(tokenizer: CLIPTokenizer) -> QwenImagePipeline:
+    own_tokenizer = qwen_tokenizer()
+    own_tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "system", "user", "assistant",
+                              "Describe", *(" " + word for word in INSTRUCTION)])
+    reader = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(own_tokenizer), hidden_size=16, intermediate_size=16,
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, pad_token_id=0,
+            bos_token_id=0, eos_token_id=0,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[2, 1, 1])),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, out_hidden_size=16,
+                           num_heads=2, fullatt_block_indexes=[0])))
+    transformer = QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=16, axes_dims_rope=(4, 4, 8))
+    vae = AutoencoderKLQwenImage(
+        base_dim=4, z_dim=4, num_res_blocks=1, latents_mean=[0.5, -0.5, 1.0, 0.0],
+        latents_std=[2.0, 3.0, 4.0, 3.0])
+    levels = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, max_shift=0.9, max_image_seq_len=8192, shift_terminal=0.02)
+    return QwenImagePipeline(levels, vae, reader, own_tokenizer, transformer)
+
+# %% ../../nbs/appendix/81_twins.ipynb 15
 def small_gemma(width: int) -> tuple[Gemma2Model, GemmaTokenizer]:
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *"abcdefghijklmnopqrstuvwxyz"]
     tokenizer = GemmaTokenizer({piece: i for i, piece in enumerate(pieces)}, [],
@@ -182,12 +218,12 @@ def small_sana(tokenizer: CLIPTokenizer) -> SanaPipeline:
         gemma_tokenizer, gemma, vae, transformer, DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0))
 
-# %% ../../nbs/appendix/81_twins.ipynb 14
+# %% ../../nbs/appendix/81_twins.ipynb 16
 TWINS = {
     "sd2": small_sd2, "sdxl": small_sdxl, "sd3": small_sd3,
     "sd3-without-t5": lambda tokenizer: small_sd3(tokenizer, with_t5=False), "flux-dev": small_flux,
     "flux-schnell": lambda tokenizer: small_flux(tokenizer, dev=False), "flux2": small_flux2,
-    "sana": small_sana}
+    "qwen-image": small_qwen_image, "sana": small_sana}
 
 
 def make_twin(

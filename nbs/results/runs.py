@@ -554,7 +554,7 @@ def processes():
 def plans():
     "What the presets for large models take, as they are and without offload; chapter 22."
     rows = []
-    for preset in ("sdxl", "sd35", "flux", "flux_24gb"):
+    for preset in ("sdxl", "sd35", "flux", "flux_24gb", "flux2", "qwen_image", "sana"):
         config = make_config(preset)
         plan, kept = make_plan(config), make_plan(replace(config, offload=False))
         rows.append({
