@@ -21,7 +21,8 @@ from .ranges import check_count, check_positive, is_number
 
 # %% ../nbs/appendix/90_checks.ipynb 9
 TRAINABLE = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline",
-             "FluxPipeline", "Flux2KleinPipeline", "QwenImagePipeline", "SanaPipeline")
+             "FluxPipeline", "Flux2KleinPipeline", "QwenImagePipeline", "SanaPipeline",
+             "PixArtSigmaPipeline")
 SPARED = {  # parts that may be left out; those of a group only together
     "StableDiffusionPipeline": (("safety_checker",), ("feature_extractor",)),
     "StableDiffusion3Pipeline": (("text_encoder_3", "tokenizer_3"),)}

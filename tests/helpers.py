@@ -64,6 +64,11 @@ def twin(name):
     return a_copy(loaded(made_ready, name))
 
 
+def small_rank(name):
+    "A rank for the twin's adapter; 0 for PixArt, for whose transformer diffusers has none."
+    return 0 if name == "pixart" else 2
+
+
 def opened(folder):
     "The same from a folder of the fixture `twins`."
     return a_copy(loaded(load_pipeline, folder, "cpu"))

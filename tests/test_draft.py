@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler
 
 from ddpo_scratch.animals import AnimalReward, RightAnimal
 from ddpo_scratch.command.plan import make_plan
+from ddpo_scratch.pipelines import is_flow
 from ddpo_scratch.rewards import MLP, AestheticReward, JPEGCompressibility
 from ddpo_scratch.scorers.names import WeightedSum
 from ddpo_scratch.scorers.scorers import CLIPScore, clip_pixels
@@ -33,6 +34,7 @@ from helpers import (
     run_until,
     shaken,
     slope,
+    small_rank,
     train,
     twin,
 )
@@ -320,8 +322,8 @@ def test_every_family(name):
     pipe = twin(name)
     reward = WeightedSum({"blue": Bluish(), "other": Bluish()}, {"blue": 1.0, "other": -0.5})
     config = make_config("emoji", **TINY | dict(
-        lora_rank=2, beta=0.1, cfg=1.0 if name == "flux-schnell" else 2.0,
-        eta=0.25 if "sd3" in name or "flux" in name else 1.0, draft_steps=2, draft_views=2))
+        lora_rank=small_rank(name), beta=0.1, cfg=1.0 if name == "flux-schnell" else 2.0,
+        eta=0.25 if is_flow(pipe.scheduler) else 1.0, draft_steps=2, draft_views=2))
     state = TrainingState(config, pipe)
     before = [weight.detach().clone() for weight in state.weights]
     history = train(config, pipe, lambda: "a fox", reward, eval_rewards={"red": redness},

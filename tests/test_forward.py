@@ -39,6 +39,7 @@ from helpers import (
     run_until,
     shaken,
     slope,
+    small_rank,
     train,
     twin,
 )
@@ -271,7 +272,8 @@ def test_every_family(name):
     for algorithm in KINDS:
         pipe = twin(name)
         config = make_config("emoji", **TINY | dict(
-            algorithm=algorithm, lora_rank=2, beta=0.1, old_decay=0.5, ema_decay=0.5, eta=0.0,
+            algorithm=algorithm, lora_rank=small_rank(name), beta=0.1, old_decay=0.5,
+            ema_decay=0.5, eta=0.0,
             cfg=1.0 if name == "flux-schnell" else 2.0))
         state = TrainingState(config, pipe)
         before = [weight.detach().clone() for weight in state.weights]

@@ -80,6 +80,10 @@ SANA = Made(
         ("qkv_multiscales", ((), (), (), (5,), (5,), (5,))))}
     | {"downsample_block_type": "conv", "upsample_block_type": "interpolate"},
     [("Gemma2Model", {})])
+PIXART = Made(
+    FAMILIES["PixArtSigmaPipeline"],
+    {"caption_channels": 4096, "interpolation_scale": 2, "use_additional_conditions": False},
+    VAE, [("T5EncoderModel", T5_XXL)])
 SHIPPED = {
     "CompVis/stable-diffusion-v1-4": STABLE_DIFFUSION_1,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": STABLE_DIFFUSION_1,
@@ -88,7 +92,8 @@ SHIPPED = {
     "black-forest-labs/FLUX.1-dev": FLUX_1,
     "black-forest-labs/FLUX.2-klein-base-4B": FLUX_2_KLEIN,
     "Qwen/Qwen-Image": QWEN_IMAGE,
-    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": SANA}
+    "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers": SANA,
+    "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": PIXART}
 
 # %% ../../nbs/practice/28_plan.ipynb 7
 def configurations(

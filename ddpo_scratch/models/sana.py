@@ -8,7 +8,7 @@ import inspect
 import torch
 from diffusers import AutoencoderDC, SanaPipeline, SanaTransformer2DModel
 
-from ddpo_scratch.models.stable_diffusion import StableDiffusion
+from ddpo_scratch.models.stable_diffusion import MASKED, StableDiffusion
 
 # %% ../../nbs/practice/22_models.ipynb 32
 class Sana(StableDiffusion):
@@ -24,11 +24,7 @@ class Sana(StableDiffusion):
         return dict(use_resolution_binning=False)  # which draws in another size, and scales
 
     def encode(self, pipe, prompts, guidance_scale, negative=None):
-        found = self.embeddings(pipe, prompts, guidance_scale > 1, negative)
-        halves = [[found[half + name] for name in ("prompt_embeds", "prompt_attention_mask")]
-                  for half in ("negative_", "") if found[half + "prompt_embeds"] is not None]
-        return [dict(encoder_hidden_states=words, encoder_attention_mask=mask)
-                for words, mask in halves]
+        return self.masked_halves(pipe, prompts, guidance_scale > 1, negative)
 
     def embeddings(self, pipe, prompts, guided, negative=None):
         asks, device = inspect.signature(pipe.__call__).parameters, pipe.text_encoder.device
@@ -36,8 +32,7 @@ class Sana(StableDiffusion):
             prompts, guided, self.repeated(negative or "", prompts), device=device,
             max_sequence_length=self.tokens,
             complex_human_instruction=asks["complex_human_instruction"].default)
-        return dict(zip(("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds",
-                         "negative_prompt_attention_mask"), found))
+        return dict(zip(MASKED, found))
 
     def ask(self, factor, network, x, t, rows):
         return network(x, timestep=t.expand(len(x)) * network.config.timestep_scale, **rows).sample

@@ -16,6 +16,8 @@ from ddpo_scratch.models.flow import shift_of
 # %% ../../nbs/practice/22_models.ipynb 9
 POOLED = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds",
           "negative_pooled_prompt_embeds")  # in the order in which XL and 3 return them
+MASKED = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds",
+          "negative_prompt_attention_mask")  # SANA and PixArt
 
 
 class StableDiffusion:
@@ -64,6 +66,12 @@ class StableDiffusion:
         given, without, pooled, pooled_without = self.embeddings(
             pipe, prompts, guided, negative).values()
         return [(without, pooled_without)] * guided + [(given, pooled)]
+
+    def masked_halves(self, pipe, prompts, guided: bool, negative) -> list[dict]:
+        "The same for a family whose embeddings come with masks of the tokens."
+        words, mask, *without = self.embeddings(pipe, prompts, guided, negative).values()
+        return [dict(encoder_hidden_states=some, encoder_attention_mask=their)
+                for some, their in [without] * guided + [(words, mask)]]
 
     def ask(self, factor: int, network, x, t, rows: dict) -> torch.Tensor:
         "Call the network and return its output; a latent value covers factor × factor pixels."

@@ -53,7 +53,10 @@ def check_lora(
     unet: torch.nn.Module,
     targets: tuple[str, ...],
 ) -> None:
-    "`ValueError` if the UNet has an adapter, or if a target is no linear layer or convolution."
+    "`ValueError` for a UNet that has an adapter or can have none, or for targets without layers."
+    if not hasattr(unet, "add_adapter"):
+        raise ValueError(f"diffusers has no adapters for a {type(unet).__name__}: set lora_rank to "
+                         "0, which trains all weights.")
     if adapters := adapters_of(unet):
         raise ValueError(
             f"the network has an adapter already ({', '.join(adapters)}). To train that one, leave "

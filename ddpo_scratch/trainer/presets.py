@@ -140,6 +140,9 @@ PRESETS["qwen_image"] = replace(
 PRESETS["sana"] = replace(
     PRESETS["sd35"], pipeline="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
     img_size=1024, mixed_precision="bf16", clip_ratio=1e-3, lora_targets=LORA_TARGETS)
+PRESETS["pixart"] = TrainerConfig(
+    pipeline="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", img_size=1024, mixed_precision="bf16",
+    lr=1e-5, cfg=4.5, clip_ratio=1e-3, sample_batch_size=4, micro_batch_size=4, offload=True)
 
 # %% ../../nbs/practice/14_config.ipynb 20
 def make_prompt_fn(

@@ -21,6 +21,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SanaPipeline,
@@ -218,12 +220,22 @@ def small_sana(tokenizer: CLIPTokenizer) -> SanaPipeline:
         gemma_tokenizer, gemma, vae, transformer, DPMSolverMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0))
 
+
+def small_pixart(tokenizer: CLIPTokenizer) -> PixArtSigmaPipeline:
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, cross_attention_dim=16,
+        sample_size=4, caption_channels=32, use_additional_conditions=False)
+    t5, t5_tokenizer = small_t5(32)
+    return PixArtSigmaPipeline(
+        t5_tokenizer, t5, small_vae(latent_channels=4, scaling_factor=0.13025), transformer,
+        DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"))
+
 # %% ../../nbs/appendix/81_twins.ipynb 16
 TWINS = {
     "sd2": small_sd2, "sdxl": small_sdxl, "sd3": small_sd3,
     "sd3-without-t5": lambda tokenizer: small_sd3(tokenizer, with_t5=False), "flux-dev": small_flux,
     "flux-schnell": lambda tokenizer: small_flux(tokenizer, dev=False), "flux2": small_flux2,
-    "qwen-image": small_qwen_image, "sana": small_sana}
+    "qwen-image": small_qwen_image, "sana": small_sana, "pixart": small_pixart}
 
 
 def make_twin(
