@@ -27,7 +27,7 @@ def test_presets_are_the_blogs_and_its_miniature():
         draft_views=0, noise_levels=4, nft_beta=1.0, old_decay=0.0, ema_decay=0.0, preferences=None,
         flow_sampler="sde", mixed_sampling=False, eval_every=0, best_by="reward", patience=0,
         lr_warmup_steps=0, negative_prompt=None, eval_prompts=None, log_updates=False,
-        tracker_project_name="ddpo_scratch", load_in_4bit=False,
+        tracker_project_name="ddpo_scratch", load_in_4bit=False, shard_weights=False,
         decouple_rewards=False, img_sizes=None, eval_img_size=None)
     assert {name: getattr(PRESETS["blog"], name) for name in blog} == blog
     assert {field.name for field in fields(TrainerConfig)} - set(blog) == {"seed", "device"}
@@ -78,7 +78,7 @@ def test_bad_configurations():
     for name, value in BAD:
         with pytest.raises(ValueError, match=name):
             make_config("emoji", **{name: value})
-    with pytest.raises(ValueError, match="'blogg'. Known: blog, emoji, flux, flux_24gb, sd35"):
+    with pytest.raises(ValueError, match="'blogg'. Known: blog, emoji, flux, flux2, flux_24gb"):
         make_config("blogg")
     for given in ("0,3", " 0, 3", [0, 3], (0, 3), np.array([0, 3]).tolist()):
         assert make_config("emoji", which_steps=given, timestep_fraction=1).which_steps == "0,3"

@@ -3,6 +3,7 @@ import gc
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import open_clip
@@ -233,3 +234,20 @@ def test_flux_fits_a_card_of_24_gigabytes():
     assert plan.training == pytest.approx(whole.training, rel=0.01)
     assert "RTX 4090, 24 GB" in next(line for line in plan_text(config, plan).splitlines()
                                      if "4090" in line and "does not fit" not in line)
+
+
+def test_divided_weights_in_the_plan(twins):
+    "A share of the frozen weights, two whole blocks and what is in none, by another count."
+    config = make_config("sd35", pipeline=twins["sd3"], img_size=32, mixed_precision="no",
+                         lora_targets=("to_q",), lora_alpha=None)
+    network = network_of(opened(twins["sd3"]))
+    def size(part): return 4 * sum(p.numel() for p in part.parameters())
+    blocks, frozen = [*map(size, network.transformer_blocks)], size(network)
+    with patch("ddpo_scratch.command.plan.processes", lambda: SimpleNamespace(num_processes=4)):
+        plan, whole = (make_plan(replace(config, shard_weights=divided))
+                       for divided in (True, False))
+        assert "by each of 4 processes" in plan_text(replace(config, shard_weights=True), plan)
+    adapter = whole.resident["transformer"] - frozen
+    assert adapter == 4 * plan.trained == 4 * whole.trained
+    assert plan.resident["transformer"] == adapter + frozen // 4 + frozen - sum(blocks) + sum(
+        sorted(blocks)[-2:])

@@ -5,16 +5,24 @@ import random
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 import ddpo_scratch.trainer.processes as module
+import ddpo_scratch.trainer.sharding as sharding
+from ddpo_scratch.models.families import network_of
 from ddpo_scratch.scorers.names import WeightedSum
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts
+from ddpo_scratch.trainer.lora import LORA_FILE, save_lora
 from ddpo_scratch.trainer.presets import make_config
 from ddpo_scratch.trainer.processes import (
     buckets,
@@ -25,8 +33,10 @@ from ddpo_scratch.trainer.processes import (
     processes,
     sum_gradients,
 )
+from ddpo_scratch.trainer.sharding import check_processes, check_shared, shard_weights
 from ddpo_scratch.trainer.trainer import TrainingState
-from helpers import Bluish, Started, as_flags, flat, forks, opened, train
+from ddpo_scratch.workshop.twins import TWINS
+from helpers import Bluish, Started, as_flags, ddpo_train, flat, forks, opened, train
 
 
 def ranks(count):
@@ -160,6 +170,46 @@ def test_the_number_of_processes_does_not_show_in_others(run_of, twins, tmp_path
         assert ours | {"seconds": 0} == pytest.approx(theirs | {"seconds": 0}, rel=1e-5)
 
 
+def divided(source, folder):
+    "With an adapter, a penalty and checkpointing; two processes divide the frozen weights."
+    config = make_config(
+        "emoji", num_epochs=2, num_samples_per_epoch=8, samples_per_prompt=1, batch_size=4,
+        sample_batch_size=4, num_timesteps=4, lr=1e-3, beta=0.01, micro_batch_size=4, img_size=32,
+        lora_rank=2, gradient_checkpointing=True, cfg=2.0, eta=0.2,
+        shard_weights=processes().num_processes == 2)
+    pipe, names = opened(source), iter(range(1000))
+    def held(): return sum((p.to_local() if isinstance(p, DTensor) else p).numel() for name, p in
+                           network_of(pipe).named_parameters() if "lora_" not in name)
+    whole = held()
+    if config.shard_weights: shard_weights(pipe, torch.device("cpu"))
+    state = TrainingState(config, pipe)
+    history = train(config, pipe, lambda: f"animal {next(names) % 5}", brightness, state=state)
+    save_lora(pipe, f"{folder}/lora-{processes().num_processes}-{processes().process_index}")
+    weights = torch.cat([weight.detach().flatten() for weight in state.weights])
+    name = f"{processes().num_processes}-{processes().process_index}.pt"
+    torch.save([history, weights, whole, held()], f"{folder}/{name}")
+
+
+@pytest.mark.parametrize("model", [
+    "sd3", *(pytest.param(name, marks=pytest.mark.slow) for name in TWINS
+             if name not in ("sd3", "sd3-without-t5", "flux-schnell", "pixart"))])
+def test_divided_weights_give_the_same_run(model, twins, tmp_path):
+    "Each process holds about half; rows, adapter and its file are those of one process."
+    for count in (1, 2):
+        codes, said = launch(count, divided, twins[model], str(tmp_path))
+        assert codes == [0] * count, said
+    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True)
+                          for name in ("1-0", "2-0", "2-1"))
+    assert torch.equal(first[1], second[1])
+    torch.testing.assert_close(one[1], first[1], rtol=0, atol=1e-4)
+    for ours, theirs in zip(one[0], first[0], strict=True):
+        assert ours | {"seconds": 0} == pytest.approx(theirs | {"seconds": 0}, rel=2e-3, abs=1e-6)
+    assert one[2] == one[3] == first[2] == first[3] + second[3] and first[3] < 0.6 * one[2]
+    ours, theirs = (load_file(tmp_path / name / LORA_FILE) for name in ("lora-1-0", "lora-2-0"))
+    assert ours.keys() == theirs.keys()
+    for name in ours: torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4)
+
+
 def by_chance(images, prompts):
     return [random.random() for _ in prompts]
 
@@ -226,17 +276,58 @@ def test_a_process_that_dies_ends_the_run():
     assert "ink" not in first and "gather_object" in first, first  # it was waiting for the other
 
 
-@pytest.mark.slow
-def test_pytorchs_own_launcher(twins, tmp_path):
-    "`torchrun` with two processes: a whole run, and one folder."
+def torchrun(folder, *flags):
+    "The command in two processes of PyTorch's own launcher: what it printed."
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "ddpo_scratch",
-         *as_flags(FEW | dict(pipeline=twins["sd2"]))],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path)
+         *flags], capture_output=True, text=True, timeout=300, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch   2") == 1 and done.stdout.count("fresh images") == 1
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", (dict(), dict(
+    lora_rank=2, shard_weights=True, num_samples_per_epoch=8, batch_size=4, micro_batch_size=4,
+    save_every=1, eval_every=1)))
+def test_pytorchs_own_launcher(more, twins, tmp_path):
+    "A whole run and one folder; with divided weights, and more epochs by a single process."
+    said = torchrun(tmp_path, *as_flags(FEW | dict(pipeline=twins["sd2"]) | more))
+    assert said.count("epoch   2") == 1 and said.count("fresh images") == 1
     folder, = (tmp_path / "runs").iterdir()
     assert folder.name == "sd2-animal-1" and not (folder / "UNFINISHED.txt").exists()
+    if more:
+        done = ddpo_train(tmp_path, f"--resume={folder}", "--num_epochs=3", "--no-shard_weights")
+        assert done.returncode == 0, done.stderr
+        assert (folder / "metrics.csv").read_text().count("\n") == 4
+
+
+def test_what_divided_weights_ask_for():
+    "Told by the configuration, by the command, and by the trainer."
+    for changes in (dict(), dict(lora_rank=2, micro_batch_size=None), dict(micro_batch_size=4)):
+        with pytest.raises(ValueError, match="set lora_rank and micro_batch_size, too"):
+            make_config("emoji", shard_weights=True, **dict(lora_rank=0) | changes)
+    some = dict(lora_rank=2, micro_batch_size=4, num_samples_per_epoch=8, batch_size=4,
+                samples_per_prompt=1)
+    for other in (dict(compile=True), dict(load_in_4bit=True)):
+        with pytest.raises(ValueError, match="shard_weights does not work with compile"):
+            make_config("emoji", shard_weights=True, **some | other)
+    config, whole = make_config("emoji", shard_weights=True, **some), torch.nn.Linear(2, 2)
+    divided = object.__new__(type("Divided", (FSDPModule,), {}))
+    with pytest.raises(ValueError, match="and there is one: start them with torchrun"):
+        check_processes(config)
+    with pytest.raises(ValueError, match="the network is whole: call shard_weights"):
+        check_shared(config, whole)
+    with pytest.raises(ValueError, match="shard_weights is False, and the network is divided"):
+        check_shared(replace(config, shard_weights=False), divided)
+    with patch.object(sharding, "processes", lambda: SimpleNamespace(num_processes=4)):
+        check_processes(config)
+        check_shared(config, divided)
+        with pytest.raises(ValueError, match="batch_size, now 6, must be a multiple of 4"):
+            check_shared(replace(config, batch_size=6), divided)
+        with pytest.raises(ValueError, match="num_samples_per_epoch, now 6, must be a multiple"):
+            check_shared(replace(config, num_samples_per_epoch=6), divided)
+        with pytest.raises(ValueError, match="4 processes cannot share 3 samples"):
+            check_shared(replace(config, num_samples_per_epoch=3), whole)
 
 
 def exchanges(folder):

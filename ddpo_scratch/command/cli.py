@@ -41,6 +41,7 @@ from ..trainer.precision import frozen_type, loading_options
 from ..trainer.presets import all_facts, make_eval_prompt_fn, make_prompt_fn
 from ..trainer.processes import from_the_first, print_once, processes
 from ..trainer.setting_checks import check_installed
+from ..trainer.sharding import check_processes, shard_weights
 from ..trainer.trainer import check_run
 
 # %% ../../nbs/practice/13_command.ipynb 35
@@ -93,7 +94,10 @@ def prepare(
             raise ValueError("load_in_4bit needs a GPU: diffusers quantizes there only. Leave it "
                              "out; --plan computes its memory without one.")
         options = loading_options(config, configurations(config.pipeline).family.network)
-    pipe = load_pipeline(config.pipeline, config.device, frozen_type(config), **options)
+    check_processes(config)
+    place = "cpu" if config.shard_weights else config.device  # a share of it will be moved
+    pipe = load_pipeline(config.pipeline, place, frozen_type(config), **options)
+    if config.shard_weights: shard_weights(pipe, default_device(config.device))
     check_run(config, pipe)
     try:
         known = all_facts(prompt_fn, asked)

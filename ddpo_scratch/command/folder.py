@@ -20,6 +20,7 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from filelock import FileLock, Timeout
+from torch.distributed.tensor import DTensor
 
 from ddpo_scratch.command.flags import read_config
 from ddpo_scratch.models.families import network_of
@@ -177,7 +178,9 @@ def fingerprint(
     unet: torch.nn.Module,
 ) -> str:
     "SHA-256 of the first 64 values of each weight tensor; it changes when the network is trained."
-    parts = torch.cat([weight.detach().flatten()[:64].float() for weight in unet.parameters()])
+    whole = (weight.full_tensor() if isinstance(weight, DTensor) else weight  # if it is divided
+             for weight in unet.parameters())
+    parts = torch.cat([weight.detach().flatten()[:64].float() for weight in whole])
     return hashlib.sha256(parts.cpu().numpy().tobytes()).hexdigest()
 
 

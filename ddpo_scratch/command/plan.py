@@ -34,6 +34,8 @@ from ..trainer.gradient import Objective, Samples, step_losses
 from ..trainer.policy import Policy, check_is_meant
 from ..trainer.precision import averages_bytes
 from ..trainer.presets import REWARDS
+from ..trainer.processes import processes
+from ..trainer.sharding import blocks_of
 
 # %% ../../nbs/practice/28_plan.ipynb 11
 class LiveBytes(TorchDispatchMode):
@@ -213,6 +215,18 @@ class Plan(NamedTuple):
         return (self.sampling + self.training) / speed
 
 
+def fetched_at_once(
+    network: torch.nn.Module,
+) -> int:
+    "Bytes of divided weights that a process has whole: two blocks, and what is in no block."
+    sizes, seen = [], set()
+    for part in blocks_of(network):
+        own = {weight for weight in part.parameters() if not weight.requires_grad} - seen
+        sizes.append(sum(weight.nbytes for weight in own))
+        seen |= own
+    return sizes[-1] + sum(sorted(sizes[:-1])[-2:])
+
+
 def make_plan(
     config: TrainerConfig,
 ) -> Plan:
@@ -245,6 +259,10 @@ def make_plan(
         for phase in ("sampling", "decoding", *["training"] * draft): peaks[phase] += size(work.vae)
         peaks["encoding prompts"] = size(*others)
     name = "UNet" if work.family.network == "unet" else "transformer"
+    whole = size(work.network)
+    if config.shard_weights:
+        own = sum(p.nbytes for p in work.network.parameters() if p.requires_grad)
+        whole = own + (whole - own) // processes().num_processes + fetched_at_once(work.network)
     copies = [work.reference] * isinstance(work.reference, torch.nn.Module)
     latents = work.channels * math.prod(work.sides)
     rewards = all_rewards(config)
@@ -254,7 +272,7 @@ def make_plan(
         trained, count(work.network, *others) - trained,
         epoch * sampled * work.sampling,
         epoch * config.num_inner_epochs * steps * training,
-        {name: size(work.network), "its reference": size(*copies),
+        {name: whole, "its reference": size(*copies),
          "VAE and text encoders": 0 if config.offload else size(*others),
          "models of the rewards": sum(4 * REWARD_WEIGHTS.get(name, 0) for name in rewards),
          "averages of the weights": 4 * trained * ((config.ema_decay > 0) + (config.old_decay > 0)),
@@ -281,7 +299,8 @@ def plan_text(
     kept = "noised images" if config.algorithm in FORWARD else "trajectories"
     lines = [f"{name}: {plan.trained / 1e6:.1f} million numbers are trained, "
              f"{plan.frozen / 1e6:.1f} million are not", "",
-             "memory that is taken all the time:",
+             "memory that is taken all the time"
+             + f", by each of {processes().num_processes} processes" * config.shard_weights + ":",
              *(f"  {gigabytes(size)}  {part}" for part, size in plan.resident.items() if size),
              "and on top of it, one after the other:",
              *(f"  {gigabytes(size)}  {phase}" for phase, size in plan.peaks.items()),

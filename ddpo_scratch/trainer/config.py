@@ -247,6 +247,9 @@ class TrainerConfig(DDPOConfig):
     load_in_4bit: bool = setting(
         False, "machine", "the frozen weights under an adapter in 4 bits, by bitsandbytes (QLoRA)",
         is_switch, may_change=False)
+    shard_weights: bool = setting(
+        False, "machine", "the frozen weights under an adapter divided among the processes (FSDP2)",
+        is_switch)
     use_8bit_adam: bool = setting(
         False, "machine", "AdamW's averages in 8 bits, by bitsandbytes: a quarter of the memory",
         is_switch, may_change=False)
@@ -346,6 +349,13 @@ def check_together(
                          "lr would not be reached.")
     if c.load_in_4bit and c.compile:
         raise ValueError("load_in_4bit and compile have not been run together: leave one out.")
+    if c.shard_weights and (not c.lora_rank or c.micro_batch_size is None):
+        raise ValueError("shard_weights divides the frozen weights under an adapter, and all "
+                         "processes call the network equally often: set lora_rank and "
+                         "micro_batch_size, too.")
+    if c.shard_weights and (c.compile or c.load_in_4bit or (c.lora_from and c.beta)):
+        raise ValueError("shard_weights does not work with compile, with load_in_4bit, or with "
+                         "lora_from where beta is above 0: leave it out, or them.")
     if c.lr_warmup_steps and c.lr_scheduler == "constant":
         raise ValueError("lr_scheduler 'constant' has no warm-up: with lr_warmup_steps take "
                          "'constant_with_warmup', or another.")

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 # %% ../../nbs/practice/26_processes.ipynb 5
@@ -99,7 +100,8 @@ def same_everywhere(
 ) -> None:
     "Copy the first process's weights to all processes, since random ones differ between them."
     if processes().num_processes > 1:
-        for weight in module.parameters(): torch.distributed.broadcast(weight.data, 0)
+        for weight in module.parameters():
+            if not isinstance(weight, DTensor): torch.distributed.broadcast(weight.data, 0)
 
 
 def print_once(

@@ -53,6 +53,7 @@ from ddpo_scratch.trainer.processes import (
 )
 from .rollout import PromptCache, drawing
 from .setting_checks import check_installed
+from .sharding import check_shared
 from .speed import Compiled, check_compiler, measured_micro_batch
 from ..training import TRAINING, noise_sources
 
@@ -126,9 +127,7 @@ def check_run(
                          + (f"{how}." if config.load_in_4bit else "the network is in 4 bits."))
     if config.use_8bit_adam: check_installed("bitsandbytes", "use_8bit_adam")
     if config.log_with: check_installed(config.log_with, f"log_with {config.log_with}")
-    if config.num_samples_per_epoch < processes().num_processes:
-        raise ValueError(f"{processes().num_processes} processes cannot share "
-                         f"{config.num_samples_per_epoch} samples: raise num_samples_per_epoch.")
+    check_shared(config, network)
     name = policy.family.network
     if config.lora_rank: check_lora(network, config.lora_targets)
     if config.lora_from: check_adapter(config, name)
