@@ -2,7 +2,6 @@
 import base64
 import io
 import json
-import math
 import os
 import signal
 import subprocess
@@ -18,7 +17,6 @@ import requests
 import torch
 from PIL import Image
 
-from ddpo_scratch.scorers.judge import ChatJudge, share_of_yes
 from ddpo_scratch.scorers.names import WeightedSum
 from ddpo_scratch.scorers.server import RewardServer, reward_server
 from helpers import redness
@@ -179,63 +177,3 @@ def test_a_served_reward_trains(tmp_path):
     found = dict(zip(header.split(","), row.split(",")))
     assert float(found["reward_mean"]) == pytest.approx(
         float(found["eval_jpeg_compressibility"]), abs=1e-6)
-
-
-def chat(seen, first, status=200):
-    "A server of OpenAI's protocol: it notes the requests, and answers with these first tokens."
-    class Answers(BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            seen.append((self.path, asked))
-            found = first(asked) if callable(first) else first
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps({"choices": [{"logprobs": found}]}).encode())
-        def log_message(self, *what): pass
-    return ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-
-
-def with_tokens(**tokens):
-    return {"content": [{"top_logprobs": [{"token": token.replace("_", " "), "logprob": math.log(p)}
-                                          for token, p in tokens.items()]}]}
-
-
-def test_a_judge_is_asked_about_every_image():
-    "The image as PNG, the question with the prompt; the answers in the order of the images."
-    seen, chances = [], dict(zip(PROMPTS, (0.1, 0.9, 0.5, 0.3, 0.7)))
-    def first(asked):
-        prompt = asked["messages"][0]["content"][1]["text"].removeprefix("Is it ").removesuffix("?")
-        return with_tokens(yes=0.8 * chances[prompt], no=0.8 * (1 - chances[prompt]), maybe=0.2)
-    with serving(chat(seen, first)) as url:
-        judge = ChatJudge(url + "/v1/", "some/model", "Is it {prompt}?", batch_size=2)
-        assert judge(IMAGES, PROMPTS) == pytest.approx([*chances.values()])
-    assert {path for path, _ in seen} == {"/v1/chat/completions"} and len(seen) == 5
-    asked = {said["messages"][0]["content"][1]["text"]: said for _, said in seen}
-    for image, prompt in zip(IMAGES, PROMPTS):
-        said = asked[f"Is it {prompt}?"]
-        kind, png = said["messages"][0]["content"][0]["image_url"]["url"].split(",")
-        assert kind == "data:image/png;base64" and said["max_tokens"] == 1 and said["logprobs"]
-        assert said["model"] == "some/model" and said["temperature"] == 0
-        assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(png)))) == image).all()
-
-
-def test_spellings_of_yes_and_no():
-    "Are added; other words do not count."
-    for tokens, share in ((dict(Yes=0.2, _yes=0.1, NO=0.1), 0.75), (dict(No=0.9, yesterday=0.1), 0),
-                          (dict(yes=0.01, I=0.9), 1)):
-        assert share_of_yes(with_tokens(**tokens)["content"][0]["top_logprobs"]) == pytest.approx(
-            share, abs=1e-6)
-    with pytest.raises(ValueError, match="neither yes nor no"):
-        share_of_yes(with_tokens(I=0.6, The=0.4)["content"][0]["top_logprobs"])
-
-
-def test_a_judge_of_no_use():
-    "No log-probabilities, no decision, another address: the message names the server."
-    for first, status, says in (
-            (None, 200, "gives no log-probabilities"), ({"content": []}, 200, "no log-prob"),
-            (with_tokens(I=1.0), 200, "m answers neither yes nor no"), (None, 404, "says 404")):
-        with serving(chat([], first, status)) as url, pytest.raises(
-                ValueError, match=f"the reward server at {url}.*{says}"):
-            ChatJudge(url, "m")(IMAGES[:1], PROMPTS[:1])
-    with pytest.raises(ValueError, match="question must not be empty"):
-        ChatJudge("http://127.0.0.1", "m", "{prompt}")

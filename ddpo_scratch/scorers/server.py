@@ -51,7 +51,6 @@ class RewardServer:
         check_count("batch_size", batch_size)
         check_positive("timeout", timeout)
         self.url, self.batch_size, self.timeout = url, batch_size, timeout
-        self.place = f"the reward server at {re.sub('//[^/@]*@', '//', url)}"
         self.session = requests.Session()
         self.session.trust_env = False  # no proxies, no passwords of other places
         self.session.headers.update(headers)
@@ -76,26 +75,22 @@ class RewardServer:
 
     def answer(self, asked: dict) -> list[float]:
         "The rewards of a request."
-        answer, count = self.post(asked), len(asked["prompts"])
-        try:
-            rewards = answer.json()["rewards"]
-            if len(rewards) != count: raise ValueError
-            return [*map(float, rewards)]
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{self.place} must answer {{\"rewards\": [{count} numbers]}}, not "
-                             f"{answer.text[:100]!r}.") from error
-
-    def post(self, asked: dict) -> requests.Response:
-        "The server's answer, if it is one."
+        place = f"the reward server at {re.sub('//[^/@]*@', '//', self.url)}"
         try:
             answer = self.session.post(self.url, json=asked, timeout=(10, self.timeout))
         except requests.RequestException as error:
-            raise ValueError(
-                f"{self.place} cannot be asked: {type(error).__name__}. Is it running, and reached "
-                "from here? When it is, go on with --resume.") from error
+            raise ValueError(f"{place} cannot be asked: {type(error).__name__}. Is it running, and "
+                             "reached from here? When it is, go on with --resume.") from error
         if not answer.ok:
-            raise ValueError(f"{self.place} says {answer.status_code}: {answer.text[:300]}")
-        return answer
+            raise ValueError(f"{place} says {answer.status_code}: {answer.text[:300]}")
+        try:
+            rewards = answer.json()["rewards"]
+            if len(rewards) != len(asked["prompts"]): raise ValueError
+            return [*map(float, rewards)]
+        except (ValueError, TypeError, KeyError) as error:
+            count = len(asked["prompts"])
+            raise ValueError(f"{place} must answer {{\"rewards\": [{count} numbers]}}, not "
+                             f"{answer.text[:100]!r}.") from error
 
 # %% ../../nbs/practice/35_elsewhere.ipynb 6
 def rewards_for(

@@ -1,10 +1,10 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
 `groups`, `reinforce`, `steps`, `gamed`, `incompressible`, `draft`, `dpo_noise`, `comparison0` to
-`comparison2`, `value0`, `value1`, `flow_training0` and `flow_training1` train, and have a line for
-each look at fresh pictures on the way; chapters 12 and 30 have pictures, too. (Seconds are of one
-thread beside other work, but for `steps` and the comparisons.) The others look at what commands
-have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
+`comparison2`, `value0`, `value1`, `flow_training0`, `flow_training1` and `nft_slow` train, and have
+a line for each look at fresh pictures on the way; chapters 12 and 30 have pictures, too. (Seconds
+are of one thread beside other work, but for `steps` and the comparisons.) The others look at what
+commands have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
 
     ddpo_train --seed N --name seedN
 
@@ -446,6 +446,12 @@ def flow_training(seed: int):
     return rows
 
 
+def nft_slow():
+    "NFT with a third of its learning rate, with the seeds on which it fails; chapter 34."
+    return [row for seed in (1, 2) for row in watched(
+        "nft", make_config("emoji", algorithm="nft", lr=3e-5, seed=seed), 256, 4)]
+
+
 def flow_noise():
     "The untrained flow model in eight steps, by ways of adding noise; chapter 22."
     rows, pipe = [], load_pipeline("emoji_flow", "cpu")
@@ -570,7 +576,8 @@ def plans():
 
 TABLES = {function.__name__: function for function in (
     groups, reinforce, steps, gamed, incompressible, draft, comparison, dpo_noise, hero, right,
-    samplers, flow, flow_noise, guidance, named, processes, backgrounds, evaluations, plans)}
+    samplers, flow, flow_noise, guidance, named, nft_slow, processes, backgrounds, evaluations,
+    plans)}
 TABLES |= {f"comparison{seed}": partial(compare_algorithms, seed) for seed in (0, 1, 2)}
 TABLES |= {f"{name}{seed}": partial(function, seed) for seed in (0, 1) for name, function in (
     ("value", compare_values), ("flow_training", flow_training))}
