@@ -23,9 +23,10 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch._dynamo.utils import counters
 from torch.distributions import MultivariateNormal, Normal
 
+from ddpo_scratch.checks import TRAINABLE
 from ddpo_scratch.command.card import model_card
 from ddpo_scratch.command.run import run_training
-from ddpo_scratch.models.families import family_of, frozen_parts, network_of
+from ddpo_scratch.models.families import FAMILIES, family_of, frozen_parts, network_of
 from ddpo_scratch.models.flow import flow_schedule, shift_of, warn_of_much_noise
 from ddpo_scratch.pipelines import ddim_scheduler, load_pipeline
 from ddpo_scratch.rewards import JPEGCompressibility
@@ -33,11 +34,12 @@ from ddpo_scratch.sampling import calculate_log_probs
 from ddpo_scratch.trainer.gradient import Objective, Samples, step_losses
 from ddpo_scratch.trainer.lora import save_lora
 from ddpo_scratch.trainer.policy import Policy
-from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
-from ddpo_scratch.trainer.trainer import check_run
+from ddpo_scratch.trainer.presets import PRESETS, make_config, make_prompt_fn
+from ddpo_scratch.trainer.trainer import check_run, policy_of
 from ddpo_scratch.workshop.twins import TWINS, make_twin
 from helpers import (
     TINY,
+    as_flags,
     ddpo_train,
     embedded,
     fake_gpu,
@@ -45,6 +47,7 @@ from helpers import (
     redness,
     run_card,
     sample,
+    small_rank,
     train,
     twin,
 )
@@ -616,3 +619,69 @@ def test_an_adapter_of_the_embedded_flow_model():
         assert "pipeline: emoji_flow\n" in (Path(room) / "a" / "config.yaml").read_text("utf-8")
         assert 'load_pipeline("emoji_flow")' in Path(f"{room}/a/lora/README.md").read_text("utf-8")
         assert run_card(f"{room}/a/lora")["picture"].size == (64, 64)
+
+
+def test_every_family_may_be_loaded():
+    "The list of the tutorial's checks and the families are the same."
+    assert TRAINABLE == tuple(FAMILIES)
+
+
+def test_sana_is_not_computed_in_fp16(twins):
+    "In autocast its linear attention would leave the range; bf16 is fine."
+    config = tiny_run(lora_rank=4, micro_batch_size=2, beta=0.0)
+    with pytest.raises(ValueError, match="leaves fp16's range: set mixed_precision to bf16"):
+        check_run(replace(config, mixed_precision="fp16"), opened(twins["sana"]))
+    check_run(replace(config, mixed_precision="bf16"), opened(twins["sana"]))
+
+
+@pytest.mark.parametrize("preset, name", [
+    ("sd35", "sd3"), ("flux", "flux-dev"), ("flux2", "flux2"), ("qwen_image", "qwen-image"),
+    ("sana", "sana")])
+def test_presets_do_not_add_too_much_noise(preset, name):
+    "No warning, and at most 0.3 standard deviations of a latent in the last step."
+    config = replace(PRESETS[preset], load_in_4bit=False)
+    pipe = twin(name)
+    if name == "flux-dev": pipe.scheduler.register_to_config(shift=3.0)
+    policy = policy_of(config, pipe, config.sizes[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        if config.flow_sampler == "sde": warn_of_much_noise(config.eta, policy.schedule_of(
+            config.eta))
+    assert policy.schedule.std[-1] <= 0.3
+    assert (policy.schedule.std[config.trained_steps] > 0).all()
+
+
+@pytest.mark.parametrize("name", ("flux2", "qwen-image"))
+def test_the_template_counts(name):
+    "A prompt of exactly as many tokens as are read is not cut; one more is."
+    pipe = twin(name)
+    tokenizer, limit = family_of(pipe).reads(pipe)
+    for more in (0, 1):
+        prompt = "a" * (limit + more)
+        assert len(tokenizer(prompt).input_ids) == limit + more
+        if name == "flux2":
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True,
+                enable_thinking=False)
+            assert len(tokenizer(text).input_ids) == 512 + more
+        else:
+            words, _ = pipe.encode_prompt([prompt], max_sequence_length=1024)
+            assert words.shape[1] == 256 + more
+
+
+@pytest.mark.parametrize("name", [
+    "flux2", *(pytest.param(name, marks=pytest.mark.slow)
+               for name in ("qwen-image", "sana", "pixart"))])
+def test_the_cards_of_the_newer_families(name, twins, tmp_path):
+    "Their code runs, also with a negative prompt; the command says what pipe(prompt) does."
+    done = ddpo_train(tmp_path, *as_flags(TINY | dict(
+        pipeline=twins[name], lora_rank=small_rank(name), cfg=2.0, eta=0.3, num_eval_samples=3,
+        micro_batch_size=4, negative_prompt="a whale", prompts="emoji_animal_prompts",
+        reward="jpeg_compressibility", mixed_precision="no", num_epochs=1)), "--preset=emoji",
+        "--name=a")
+    assert done.returncode == 0, done.stderr
+    says = "guidance 4.0 away from ' '" if name == "qwen-image" else "guidance 4."
+    assert f"without noise, {says}" in done.stdout, done.stdout
+    part = "lora" if small_rank(name) else "pipeline"
+    found = run_card(tmp_path / "runs/a" / part, twins[name] if small_rank(name) else None)
+    assert found["picture"].size == (32, 32)

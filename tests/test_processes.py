@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import ddpo_scratch.trainer.processes as module
 import ddpo_scratch.trainer.sharding as sharding
+from ddpo_scratch.command.run import plain_reward
 from ddpo_scratch.models.families import network_of
 from ddpo_scratch.scorers.names import WeightedSum
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts
@@ -33,7 +34,7 @@ from ddpo_scratch.trainer.processes import (
     processes,
     sum_gradients,
 )
-from ddpo_scratch.trainer.sharding import check_processes, check_shared, shard_weights
+from ddpo_scratch.trainer.sharding import check_divided, check_shared, shard_weights
 from ddpo_scratch.trainer.trainer import TrainingState
 from ddpo_scratch.workshop.twins import TWINS
 from helpers import Bluish, Started, as_flags, ddpo_train, flat, forks, opened, train
@@ -184,10 +185,12 @@ def divided(source, folder):
     if config.shard_weights: shard_weights(pipe, torch.device("cpu"))
     state = TrainingState(config, pipe)
     history = train(config, pipe, lambda: f"animal {next(names) % 5}", brightness, state=state)
+    images, rewards = evaluate(config, pipe, ["animal 1"], brightness)  # one process has none
+    plain = plain_reward(config, pipe, ["animal 1"], brightness)
     save_lora(pipe, f"{folder}/lora-{processes().num_processes}-{processes().process_index}")
     weights = torch.cat([weight.detach().flatten() for weight in state.weights])
     name = f"{processes().num_processes}-{processes().process_index}.pt"
-    torch.save([history, weights, whole, held()], f"{folder}/{name}")
+    torch.save([history, weights, whole, held(), rewards, plain], f"{folder}/{name}")
 
 
 @pytest.mark.parametrize("model", [
@@ -204,6 +207,9 @@ def test_divided_weights_give_the_same_run(model, twins, tmp_path):
     torch.testing.assert_close(one[1], first[1], rtol=0, atol=1e-4)
     for ours, theirs in zip(one[0], first[0], strict=True):
         assert ours | {"seconds": 0} == pytest.approx(theirs | {"seconds": 0}, rel=2e-3, abs=1e-6)
+    for two in (first, second):
+        assert two[4].tolist() == pytest.approx(one[4].tolist(), abs=0.5)  # of 255
+        assert two[5] == pytest.approx(one[5], abs=0.5)
     assert one[2] == one[3] == first[2] == first[3] + second[3] and first[3] < 0.6 * one[2]
     ours, theirs = (load_file(tmp_path / name / LORA_FILE) for name in ("lora-1-0", "lora-2-0"))
     assert ours.keys() == theirs.keys()
@@ -314,20 +320,24 @@ def test_what_divided_weights_ask_for():
     config, whole = make_config("emoji", shard_weights=True, **some), torch.nn.Linear(2, 2)
     divided = object.__new__(type("Divided", (FSDPModule,), {}))
     with pytest.raises(ValueError, match="and there is one: start them with torchrun"):
-        check_processes(config)
+        check_shared(config)
     with pytest.raises(ValueError, match="the network is whole: call shard_weights"):
-        check_shared(config, whole)
+        check_divided(config, whole)
     with pytest.raises(ValueError, match="shard_weights is False, and the network is divided"):
-        check_shared(replace(config, shard_weights=False), divided)
+        check_divided(replace(config, shard_weights=False), divided)
+    check_divided(config, divided)
+    dpo = dict(algorithm="dpo", samples_per_prompt=2, beta=1.0)
     with patch.object(sharding, "processes", lambda: SimpleNamespace(num_processes=4)):
-        check_processes(config)
-        check_shared(config, divided)
-        with pytest.raises(ValueError, match="batch_size, now 6, must be a multiple of 4"):
-            check_shared(replace(config, batch_size=6), divided)
-        with pytest.raises(ValueError, match="num_samples_per_epoch, now 6, must be a multiple"):
-            check_shared(replace(config, num_samples_per_epoch=6), divided)
+        check_shared(config)
+        check_shared(replace(config, num_samples_per_epoch=16, batch_size=8, **dpo))
+        check_shared(replace(config, batch_size=6))  # two updates of four images
+        for changes, says in (
+                (dict(num_samples_per_epoch=20, batch_size=16), "20 images have 10 images"),
+                (dict(num_samples_per_epoch=10), "10 images have 3 and 4 images"),
+                (dict(num_samples_per_epoch=16, **dpo), "16 images have 2 pairs")):
+            with pytest.raises(ValueError, match=says): check_shared(replace(config, **changes))
         with pytest.raises(ValueError, match="4 processes cannot share 3 samples"):
-            check_shared(replace(config, num_samples_per_epoch=3), whole)
+            check_shared(replace(config, num_samples_per_epoch=3, shard_weights=False))
 
 
 def exchanges(folder):

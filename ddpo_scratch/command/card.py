@@ -126,8 +126,8 @@ def model_card(
         + ", and of weights in 4 bits (nf4),\nwhich are in 16 bits below" * config.load_in_4bit,
         eta_argument="" if flow else f" eta={config.eta},",
         scale_name=family.scale_name,
-        calling="".join(f", {key}={value!r}" for key, value in (
-            family.calling(pipe) | (dict(negative_prompt=away) if away else {})).items()),
+        calling="".join(f", {key}={value!r}" for key, value in family.calling(pipe).items())
+        + (f", {family.leading_away(away)}" if away else ""),
         verdict="\n".join(f"- {line}" for line in verdict.splitlines()),
         settings=as_yaml(asdict(config)))
 

@@ -41,7 +41,7 @@ from ..trainer.precision import frozen_type, loading_options
 from ..trainer.presets import all_facts, make_eval_prompt_fn, make_prompt_fn
 from ..trainer.processes import from_the_first, print_once, processes
 from ..trainer.setting_checks import check_installed
-from ..trainer.sharding import check_processes, shard_weights
+from ..trainer.sharding import check_shared, shard_weights
 from ..trainer.trainer import check_run
 
 # %% ../../nbs/practice/13_command.ipynb 35
@@ -81,6 +81,7 @@ def prepare(
     from_the_first(lambda: check_run_name(name, runs))
     for reward in all_rewards(config): file_of(reward)
     column_of(config.best_by, reward_weights(config.eval_rewards) if config.eval_rewards else ())
+    check_shared(config)
     if only_plan:  # before any reward file is executed
         print_once(plan_text(config, make_plan(config)))
         sys.exit()
@@ -94,7 +95,6 @@ def prepare(
             raise ValueError("load_in_4bit needs a GPU: diffusers quantizes there only. Leave it "
                              "out; --plan computes its memory without one.")
         options = loading_options(config, configurations(config.pipeline).family.network)
-    check_processes(config)
     place = "cpu" if config.shard_weights else config.device  # a share of it will be moved
     pipe = load_pipeline(config.pipeline, place, frozen_type(config), **options)
     if config.shard_weights: shard_weights(pipe, default_device(config.device))

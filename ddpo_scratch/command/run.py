@@ -63,6 +63,7 @@ from ddpo_scratch.trainer.preferences import DPOTrainer
 from ddpo_scratch.trainer.presets import all_facts, make_eval_prompt_fn
 from ddpo_scratch.trainer.processes import from_the_first, gathered, print_once
 from ddpo_scratch.trainer.rollout import sampling_batches
+from ddpo_scratch.trainer.sharding import is_divided
 from ddpo_scratch.trainer.trainer import TrainingState, check_run, policy_of
 from ddpo_scratch.training import EVALUATION, noise_sources
 
@@ -114,20 +115,24 @@ def plain_reward(
     network, (height, width) = network_of(pipe), config.eval_sides
     guides = family.guides and config.cfg <= 1  # then the call doubles the batch
     at_a_time = -(-config.sample_batch_size // (1 + guides))
-    batches = [batch for batch in sampling_batches(len(prompts[:64]), at_a_time) if len(batch)]
-    policy = policy_of(config, pipe, config.eval_sides)
+    batches = [batch for batch in sampling_batches(len(prompts[:64]), at_a_time)
+               if len(batch) or is_divided(network)]  # where all call it equally often
+    policy, calling = policy_of(config, pipe, config.eval_sides), family.calling(pipe)
+    if "negative_prompt" in inspect.signature(pipe.__call__).parameters:
+        calling["negative_prompt"] = None  # its embeddings are given
     pipe.set_progress_bar_config(disable=True)
     with torch.no_grad():
         words = [{name: x.cpu() for name, x in family.embeddings(
-            pipe, [prompts[i] for i in batch], family.guides).items()} for batch in batches]
+            pipe, [prompts[i] for i in batch.tolist() or [0]], family.guides).items()}
+            for batch in batches]
     with on_the_cpu(config.offload, *text_encoders(pipe)):
         for batch, given in zip(batches, words):
-            noise = noise_sources(config.seed, EVALUATION, batch.tolist())
+            noise = noise_sources(config.seed, EVALUATION, batch.tolist() or [0])
             with arithmetic(config.mixed_precision, network.device), in_its_own_type(network):
                 drawn = pipe(
                     **{name: x.to(network.device) for name, x in given.items()}, height=height,
-                    width=width, generator=noise, output_type="latent", **family.calling(pipe)
-                ).images
+                    width=width, generator=noise, output_type="latent", **calling).images
+            if not len(batch): continue
             images = policy.decode(family.unpacked(pipe, drawn, *policy.latent_shape[1:]))
             rewards.append(ask(reward_fn, images, [prompts[i] for i in batch]))
     pipe.set_progress_bar_config(**bar)
@@ -170,9 +175,10 @@ def evaluate_after(
               for name in before if name != "reward"]
     if remark := watch.summary(): lines.append(remark)
     plain = plain_reward(config, pipe, prompts, reward_fn)
-    usual = inspect.signature(pipe.__call__).parameters
-    steps, guidance = (usual[name].default for name in ("num_inference_steps", "guidance_scale"))
-    guidance = f", guidance {guidance}" if family_of(pipe).takes_guidance(pipe) else ""
+    usual, family = inspect.signature(pipe.__call__).parameters, family_of(pipe)
+    steps, guidance = (usual[name].default for name in ("num_inference_steps", family.scale_name))
+    guidance = f", guidance {guidance}" if family.takes_guidance(pipe) else ""
+    if family.empty: guidance += f" away from {family.empty!r}"
     lines.append(f"the first {len(prompts[:64])} drawn by pipe(prompt) alone, {steps} steps "
                  f"without noise{guidance}: reward {run['plain']:.4f} before, "
                  f"{plain:.4f} after")

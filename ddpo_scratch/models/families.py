@@ -70,6 +70,6 @@ def set_checkpointing(
     module: torch.nn.Module,  # of a pipeline
     on: bool,
 ) -> None:
-    "Turn gradient checkpointing on or off, where the module has it; SANA's VAE has not."
+    "Turn gradient checkpointing on or off. The VAEs of SANA and Qwen-Image do not have it."
     if module._supports_gradient_checkpointing:
         (module.enable_gradient_checkpointing if on else module.disable_gradient_checkpointing)()

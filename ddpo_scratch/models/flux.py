@@ -16,17 +16,19 @@ class Flux(StableDiffusion):
     pipeline, flow, guides, patch, packed = FluxPipeline, True, False, 2, 4
     network, network_class = "transformer", FluxTransformer2DModel
 
-    def tokens(self, config) -> int:
-        return 512 if config.guidance_embeds else 256  # schnell was trained on fewer
+    tokens = 512  # of a prompt
+
+    def length(self, config) -> int:
+        return self.tokens if config.guidance_embeds else 256  # schnell was trained on fewer
 
     def reads(self, pipe):
-        return pipe.tokenizer_2, self.tokens(pipe.transformer.config)
+        return pipe.tokenizer_2, self.length(pipe.transformer.config)
 
     def takes_guidance(self, pipe):
         return pipe.transformer.config.guidance_embeds
 
     def calling(self, pipe):
-        return dict(max_sequence_length=self.tokens(pipe.transformer.config))
+        return dict(max_sequence_length=self.length(pipe.transformer.config))
 
     def encode(self, pipe, prompts, guidance_scale, negative=None):  # which it has not
         given, pooled = self.embeddings(pipe, prompts, False).values()
@@ -47,17 +49,20 @@ class Flux(StableDiffusion):
         no_places = places.new_zeros(rows["encoder_hidden_states"].shape[1], 3)
         output = network(tiles.flatten(2).transpose(1, 2), timestep=t.expand(len(x)) / 1000,
                          img_ids=places, txt_ids=no_places, **rows).sample
-        return self.unpacked(None, output, *x.shape[-2:])
+        return self.as_image(output, *x.shape[-2:])
 
     def blank(self, config, count, tokens):
-        words = torch.zeros(count, self.tokens(config), config.joint_attention_dim)
+        words = torch.zeros(count, self.length(config), config.joint_attention_dim)
         rows = dict(encoder_hidden_states=words,
                     pooled_projections=torch.zeros(count, config.pooled_projection_dim))
         return rows | (dict(guidance=torch.zeros(count)) if config.guidance_embeds else {})
 
-    def unpacked(self, pipe, latents, height, width):
-        tiles = latents.transpose(1, 2).unflatten(2, (height // 2, width // 2))
+    def as_image(self, patches, height, width):
+        tiles = patches.transpose(1, 2).unflatten(2, (height // 2, width // 2))
         return F.pixel_shuffle(tiles, 2)
+
+    def unpacked(self, pipe, latents, height, width):
+        return self.as_image(latents, height, width)
 
     def sigmas(self, steps):
         return tuple(np.linspace(1, 1 / steps, steps).tolist())

@@ -16,14 +16,20 @@ class Flux2(Flux):
     pipeline, guides, patch, packed, merges = Flux2KleinPipeline, True, 1, 1, 2
     network_class, vae_class = Flux2Transformer2DModel, AutoencoderKLFlux2
 
-    def tokens(self, config) -> int:
-        return 512
+    def length(self, config) -> int:
+        return self.tokens
 
     def reads(self, pipe):
-        return pipe.tokenizer, 512
+        around = pipe.tokenizer.apply_chat_template(  # words of the template, which count, too
+            [{"role": "user", "content": ""}], tokenize=False, add_generation_prompt=True,
+            enable_thinking=False)
+        return pipe.tokenizer, self.tokens - len(pipe.tokenizer(around).input_ids)
 
     def takes_guidance(self, pipe):
         return not pipe.config.is_distilled
+
+    def leading_away(self, text):
+        return f"negative_prompt_embeds=pipe.encode_prompt({text!r})[0]"
 
     def encode(self, pipe, prompts, guidance_scale, negative=None):
         found = self.embeddings(pipe, prompts, guidance_scale > 1, negative)
@@ -45,7 +51,8 @@ class Flux2(Flux):
         return output.transpose(1, 2).unflatten(2, sides)
 
     def blank(self, config, count, tokens):
-        return dict(encoder_hidden_states=torch.zeros(count, 512, config.joint_attention_dim))
+        words = torch.zeros(count, self.tokens, config.joint_attention_dim)
+        return dict(encoder_hidden_states=words)
 
     def channels(self, vae):
         return 4 * vae.config.latent_channels

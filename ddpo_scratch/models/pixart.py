@@ -13,9 +13,10 @@ class PixArt(StableDiffusion):
     "PixArt-Σ (Chen et al. 2024)."
     pipeline, patch = PixArtSigmaPipeline, 2
     network, network_class = "transformer", PixArtTransformer2DModel
+    tokens = 300  # of a prompt
 
     def reads(self, pipe):
-        return pipe.tokenizer, 300
+        return pipe.tokenizer, self.tokens
 
     def calling(self, pipe):
         return dict(use_resolution_binning=False, clean_caption=False)
@@ -26,16 +27,18 @@ class PixArt(StableDiffusion):
     def embeddings(self, pipe, prompts, guided, negative=None):
         return dict(zip(MASKED, pipe.encode_prompt(
             prompts, guided, self.repeated(negative or "", prompts),
-            device=pipe.text_encoder.device)))
+            device=pipe.text_encoder.device, max_sequence_length=self.tokens)))
 
     def ask(self, factor, network, x, t, rows):
         sizes = dict(resolution=None, aspect_ratio=None)  # which the models before Σ were told
         output = network(x, timestep=t.expand(len(x)), added_cond_kwargs=sizes, **rows).sample
-        return output.chunk(2, 1)[0]
+        return output[:, :x.shape[1]]
 
     def gives(self, config):
-        return config.out_channels // 2
+        learns = config.out_channels == 2 * config.in_channels  # a standard deviation, too
+        return config.in_channels if learns else config.out_channels
 
     def blank(self, config, count, tokens):
-        return dict(encoder_hidden_states=torch.zeros(count, 300, config.caption_channels),
-                    encoder_attention_mask=torch.ones(count, 300))
+        words = torch.zeros(count, self.tokens, config.caption_channels)
+        return dict(encoder_hidden_states=words,
+                    encoder_attention_mask=torch.ones(count, self.tokens))

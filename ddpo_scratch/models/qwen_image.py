@@ -17,11 +17,14 @@ class QwenImage(Flux):
     pipeline, guides, scale_name, empty = QwenImagePipeline, True, "true_cfg_scale", " "
     network_class, vae_class = QwenImageTransformer2DModel, AutoencoderKLQwenImage
 
-    def tokens(self, config) -> int:
-        return 256
+    tokens = 256
+
+    def length(self, config) -> int:
+        return self.tokens
 
     def reads(self, pipe):
-        return pipe.tokenizer, 256
+        after = pipe.prompt_template_encode.partition("{}")[2]  # its words count, too
+        return pipe.tokenizer, self.tokens - len(pipe.tokenizer(after).input_ids)
 
     def takes_guidance(self, pipe):
         return True
@@ -36,9 +39,9 @@ class QwenImage(Flux):
         found, device = {}, pipe.text_encoder.device
         negative = self.empty if negative is None else negative
         for half, texts in (("", prompts), ("negative_", [negative] * len(prompts)))[:1 + guided]:
-            words, mask = pipe.encode_prompt(texts, device, max_sequence_length=256)
+            words, mask = pipe.encode_prompt(texts, device, max_sequence_length=self.tokens)
             mask = words.new_ones(words.shape[:2]) if mask is None else mask.to(words.dtype)
-            rest = 256 - words.shape[1]
+            rest = self.tokens - words.shape[1]
             found[half + "prompt_embeds"] = F.pad(words, (0, 0, 0, rest))
             found[half + "prompt_embeds_mask"] = F.pad(mask, (0, rest))
         return found
@@ -48,7 +51,7 @@ class QwenImage(Flux):
         output = network(
             F.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2), timestep=t.expand(len(x)) / 1000,
             img_shapes=[[(1, lines, columns)]] * len(x), **rows).sample
-        return self.unpacked(None, output, *x.shape[-2:])
+        return self.as_image(output, *x.shape[-2:])
 
     def guide(self, without, given, scale):
         mixed = StableDiffusion.guide(self, without, given, scale)
@@ -56,8 +59,9 @@ class QwenImage(Flux):
         return mixed * F.interpolate(own / new, scale_factor=2)
 
     def blank(self, config, count, tokens):
-        return dict(encoder_hidden_states=torch.zeros(count, 256, config.joint_attention_dim),
-                    encoder_hidden_states_mask=torch.ones(count, 256))
+        words = torch.zeros(count, self.tokens, config.joint_attention_dim)
+        return dict(encoder_hidden_states=words,
+                    encoder_hidden_states_mask=torch.ones(count, self.tokens))
 
     def factor(self, vae):
         return 2 ** len(vae.config.temperal_downsample)

@@ -13,7 +13,7 @@ from ddpo_scratch.models.stable_diffusion import MASKED, StableDiffusion
 # %% ../../nbs/practice/22_models.ipynb 32
 class Sana(StableDiffusion):
     "SANA and SANA 1.5 (Xie et al. 2024, 2025)."
-    pipeline, flow, vae_class = SanaPipeline, True, AutoencoderDC
+    pipeline, flow, vae_class, fp16 = SanaPipeline, True, AutoencoderDC, False
     network, network_class = "transformer", SanaTransformer2DModel
     tokens = 300  # of a prompt, without the instruction before it
 

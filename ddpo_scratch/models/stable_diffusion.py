@@ -31,6 +31,7 @@ class StableDiffusion:
     packed = 1        # the network's channels divided by the latents' channels
     merges = 1        # a value of the latents stands for merges × merges places of the VAE's own
     scale_name = "guidance_scale"  # of the pipeline's own `__call__`
+    fp16 = True       # whether the network can compute in fp16
     empty = ""        # the text that guidance leads away from without a negative prompt
 
     def reads(self, pipe: DiffusionPipeline) -> tuple:
@@ -56,6 +57,10 @@ class StableDiffusion:
         found = pipe.encode_prompt(prompts, pipe.text_encoder.device, 1, guided,
                                    self.repeated(negative, prompts))
         return dict(zip(("prompt_embeds", "negative_prompt_embeds"), found))
+
+    def leading_away(self, text: str) -> str:
+        "The argument of the pipeline's own `__call__` for a negative prompt, as code."
+        return f"negative_prompt={text!r}"
 
     def repeated(self, negative: str | None, prompts: list[str]) -> list[str] | None:
         "The negative prompt once for each prompt; None is an empty one, as the model has it."

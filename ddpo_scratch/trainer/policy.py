@@ -259,6 +259,8 @@ def check_policy(
         raise ValueError(f"guidance_scale is {policy.guidance_scale}, and this model takes none "
                          "(it was distilled to need none, like Flux schnell): set cfg to 1.")
     check_negative_prompt(policy.family, policy.negative_prompt)
+    if policy.mixed_precision == "fp16" and not policy.family.fp16:
+        raise ValueError("this model's attention leaves fp16's range: set mixed_precision to bf16.")
     factor = policy.factor * policy.family.patch
     most = policy.network.config.get("pos_embed_max_size")  # patches that have a place
     own = policy.network.config.get("sample_size")

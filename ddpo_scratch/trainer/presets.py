@@ -133,7 +133,8 @@ PRESETS["flux_24gb"] = replace(
     PRESETS["flux"], load_in_4bit=True, sample_batch_size=1, micro_batch_size=1)
 PRESETS["flux2"] = replace(
     PRESETS["flux"], pipeline="black-forest-labs/FLUX.2-klein-base-4B", num_timesteps=10, cfg=4.0,
-    eta=0.7, lora_targets=("to_q", "to_k", "to_v", "to_out.0", "to_qkv_mlp_proj"))
+    eta=0.7, flow_sampler="cps",
+    lora_targets=(*PRESETS["flux"].lora_targets, "attn.to_qkv_mlp_proj"))
 PRESETS["qwen_image"] = replace(
     PRESETS["flux_24gb"], pipeline="Qwen/Qwen-Image", num_timesteps=10, cfg=4.0, eta=0.7,
     sample_batch_size=4, micro_batch_size=4)

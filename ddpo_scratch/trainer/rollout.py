@@ -22,6 +22,7 @@ from ..scorers.names import WeightedSum, ask, parts_of
 from .checkpoints import random_states, set_random_states
 from .policy import Policy, Trajectory, check_finite
 from .processes import my_part, processes
+from .sharding import is_divided
 
 # %% ../../nbs/practice/17_rollout.ipynb 4
 @contextmanager
@@ -85,6 +86,8 @@ def sampled(
     for batch in batches:
         asked = [prompts[i] for i in batch]
         if not asked:
+            if is_divided(cache.policy.network):  # all processes call it equally often
+                cache.policy.sample(cache(prompts[:1]), noise_of([0]))
             yield asked, None, None
             continue
         with around():

@@ -30,34 +30,56 @@ def shard_weights(
     mesh = init_device_mesh(device.type, (processes().num_processes,))
     for block in blocks_of(network):  # none stays whole, also where one process writes a file
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    if device.type == "cuda": torch.set_float32_matmul_precision("high")  # as load_pipeline does
     pipe.to(device)
 
 # %% ../../nbs/practice/26_processes.ipynb 12
+def is_divided(
+    network: torch.nn.Module,
+) -> bool:
+    "Whether its weights are divided among the processes."
+    return isinstance(network, FSDPModule)
+
+
+def sizes_of_updates(
+    config,  # `TrainerConfig`
+) -> set[int]:
+    "How many images, or pairs of them, the updates of an epoch have."
+    count, size = config.num_samples_per_epoch, config.batch_size
+    if config.algorithm == "dpo":
+        group = config.samples_per_prompt
+        count, size = count // group * (group // 2), size // 2
+    return {len(batch) for batch in torch.arange(count).tensor_split(-(-count // size))}
+
+
 def check_shared(
     config,  # `TrainerConfig`
-    network: torch.nn.Module,
 ) -> None:
-    "`ValueError` if the processes cannot share an epoch, or the network is not divided as it says."
+    "`ValueError` if the processes cannot share an epoch."
     count, samples = processes().num_processes, config.num_samples_per_epoch
     if samples < count:
         raise ValueError(f"{count} processes cannot share {samples} samples: raise "
                          "num_samples_per_epoch.")
-    divided = isinstance(network, FSDPModule)
-    if config.shard_weights != divided:
+    if not config.shard_weights: return
+    if count == 1:
+        raise ValueError("shard_weights divides the weights among several processes, and there is "
+                         "one: start them with torchrun --nproc_per_node 2 -m ddpo_scratch …")
+    sizes = sizes_of_updates(config)
+    if samples % count or any(size % count for size in sizes):
+        what = "pairs" if config.algorithm == "dpo" else "images"
+        raise ValueError(f"with shard_weights, all {count} processes call the network equally "
+                         f"often. The updates of an epoch of {samples} images have "
+                         f"{' and '.join(map(str, sorted(sizes)))} {what}: choose "
+                         "num_samples_per_epoch and batch_size so that all these are multiples of "
+                         f"{count}.")
+
+
+def check_divided(
+    config,  # `TrainerConfig`
+    network: torch.nn.Module,
+) -> None:
+    "`ValueError` if the network is divided and should not be, or the other way."
+    if config.shard_weights != is_divided(network):
         how = "the network is whole: call shard_weights(pipe, device) first"
         raise ValueError(f"shard_weights is {config.shard_weights}, and "
                          + (f"{how}." if config.shard_weights else "the network is divided."))
-    for name in ("batch_size", "num_samples_per_epoch") if divided else ():
-        if getattr(config, name) % count:
-            raise ValueError(f"with shard_weights, all {count} processes call the network equally "
-                             f"often: {name}, now {getattr(config, name)}, must be a multiple of "
-                             f"{count}.")
-
-
-def check_processes(
-    config,  # `TrainerConfig`
-) -> None:
-    "`ValueError` if `shard_weights` has no effect, because there is one process."
-    if config.shard_weights and processes().num_processes == 1:
-        raise ValueError("shard_weights divides the weights among several processes, and there is "
-                         "one: start them with torchrun --nproc_per_node 2 -m ddpo_scratch …")

@@ -53,7 +53,7 @@ from ddpo_scratch.trainer.processes import (
 )
 from .rollout import PromptCache, drawing
 from .setting_checks import check_installed
-from .sharding import check_shared
+from .sharding import check_divided, check_shared
 from .speed import Compiled, check_compiler, measured_micro_batch
 from ..training import TRAINING, noise_sources
 
@@ -127,7 +127,8 @@ def check_run(
                          + (f"{how}." if config.load_in_4bit else "the network is in 4 bits."))
     if config.use_8bit_adam: check_installed("bitsandbytes", "use_8bit_adam")
     if config.log_with: check_installed(config.log_with, f"log_with {config.log_with}")
-    check_shared(config, network)
+    check_shared(config)
+    check_divided(config, network)
     name = policy.family.network
     if config.lora_rank: check_lora(network, config.lora_targets)
     if config.lora_from: check_adapter(config, name)
