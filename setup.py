@@ -25,7 +25,8 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()} | {
         extra: [extra] for extra in ("tensorboard", "wandb", "bitsandbytes", "openai")} | {
-        "rapidocr": ["rapidocr", "onnxruntime"]},
+        "rapidocr": ["rapidocr", "onnxruntime"],
+        "docs": ["sphinx", "myst-nb", "sphinx-book-theme", "playwright"]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
     zip_safe=False,
 )

@@ -293,11 +293,12 @@ def torchrun(folder, *flags):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("more", (dict(), dict(
-    lora_rank=2, shard_weights=True, num_samples_per_epoch=8, batch_size=4, micro_batch_size=4,
-    save_every=1, eval_every=1)))
+    lora_rank=2, num_samples_per_epoch=8, batch_size=4, micro_batch_size=4, save_every=1,
+    eval_every=1)))
 def test_pytorchs_own_launcher(more, twins, tmp_path):
     "A whole run and one folder; with divided weights, and more epochs by a single process."
-    said = torchrun(tmp_path, *as_flags(FEW | dict(pipeline=twins["sd2"]) | more))
+    said = torchrun(tmp_path, *as_flags(FEW | dict(pipeline=twins["sd2"]) | more),
+                    *["--shard_weights"] * bool(more))
     assert said.count("epoch   2") == 1 and said.count("fresh images") == 1
     folder, = (tmp_path / "runs").iterdir()
     assert folder.name == "sd2-animal-1" and not (folder / "UNFINISHED.txt").exists()
