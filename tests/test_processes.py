@@ -71,6 +71,15 @@ def launch(count, function, *args):
         return [child.exitcode for child in children], [file.read_text("utf-8") for file in files]
 
 
+def one_and_two(function, source, folder, kind=""):
+    "What the function leaves with one process and with two: three results."
+    for count in (1, 2):
+        codes, said = launch(count, function, source, str(folder))
+        assert codes == [0] * count, said
+    return [torch.load(folder / f"{kind}{name}.pt", weights_only=True)
+            for name in ("1-0", "2-0", "2-1")]
+
+
 def brightness(images, prompts):
     return images.reshape(len(images), -1).mean(1)
 
@@ -104,11 +113,7 @@ def test_the_number_of_processes_does_not_show(model, twins, tmp_path):
     """Rewards, advantages, weights, evaluation: one process and two, uneven shares; LoRA too.
 
     In float64 the order of sums does not show, so the two have to agree, the weights to 0.0001."""
-    for count in (1, 2):
-        codes, said = launch(count, runs, twins[model], str(tmp_path))
-        assert codes == [0] * count, said
-    results = [torch.load(tmp_path / f"{name}.pt", weights_only=True)
-               for name in ("1-0", "2-0", "2-1")]
+    results = one_and_two(runs, twins[model], tmp_path)
     for one, first, second in zip(*results):  # all weights, then LoRA
         for two in (first, second):
             for ours, theirs in zip(one[0], two[0], strict=True):
@@ -160,11 +165,7 @@ def dpo(source, folder):
 @pytest.mark.parametrize("run_of", (draft, nft, dpo))
 def test_the_number_of_processes_does_not_show_in_others(run_of, twins, tmp_path):
     "One process and two: the same rows, and the same weights to 0.00001."
-    for count in (1, 2):
-        codes, said = launch(count, run_of, twins["sd2"], str(tmp_path))
-        assert codes == [0] * count, said
-    one, first, second = (torch.load(tmp_path / f"{run_of.__name__}-{name}.pt", weights_only=True)
-                          for name in ("1-0", "2-0", "2-1"))
+    one, first, second = one_and_two(run_of, twins["sd2"], tmp_path, f"{run_of.__name__}-")
     assert torch.equal(first[1], second[1])
     torch.testing.assert_close(one[1], first[1], rtol=0, atol=1e-5)
     for ours, theirs in zip(one[0], first[0], strict=True):
@@ -198,11 +199,7 @@ def divided(source, folder):
              if name not in ("sd3", "sd3-without-t5", "flux-schnell", "pixart"))])
 def test_divided_weights_give_the_same_run(model, twins, tmp_path):
     "Each process holds about half; rows, adapter and its file are those of one process."
-    for count in (1, 2):
-        codes, said = launch(count, divided, twins[model], str(tmp_path))
-        assert codes == [0] * count, said
-    one, first, second = (torch.load(tmp_path / f"{name}.pt", weights_only=True)
-                          for name in ("1-0", "2-0", "2-1"))
+    one, first, second = one_and_two(divided, twins[model], tmp_path)
     assert torch.equal(first[1], second[1])
     torch.testing.assert_close(one[1], first[1], rtol=0, atol=1e-4)
     for ours, theirs in zip(one[0], first[0], strict=True):

@@ -100,7 +100,7 @@ class Work:
 
     def policy(self) -> Policy:
         "A policy of one step, with a schedule of the surrounding tensor mode."
-        pipe = SimpleNamespace(vae_scale_factor=self.factor // self.family.merges, vae=self.vae)
+        pipe = SimpleNamespace(vae_scale_factor=self.family.factor(self.vae), vae=self.vae)
         policy = Policy(pipe, 1, self.config.cfg, self.config.eta, self.size,
                         self.precision)
         schedule = Schedule(*(torch.zeros(1) for _ in range(6)), "epsilon", None)

@@ -15,7 +15,6 @@ class Flux(StableDiffusion):
     "Flux.1, dev and schnell."
     pipeline, flow, guides, patch, packed = FluxPipeline, True, False, 2, 4
     network, network_class = "transformer", FluxTransformer2DModel
-
     tokens = 512  # of a prompt
 
     def length(self, config) -> int:

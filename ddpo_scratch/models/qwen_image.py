@@ -16,8 +16,7 @@ class QwenImage(Flux):
     "Qwen-Image (Wu et al. 2025)."
     pipeline, guides, scale_name, empty = QwenImagePipeline, True, "true_cfg_scale", " "
     network_class, vae_class = QwenImageTransformer2DModel, AutoencoderKLQwenImage
-
-    tokens = 256
+    tokens = 256  # of a prompt
 
     def length(self, config) -> int:
         return self.tokens

@@ -91,7 +91,7 @@ class StableDiffusion:
         return dict(encoder_hidden_states=torch.zeros(count, tokens, config.cross_attention_dim))
 
     def factor(self, vae: torch.nn.Module) -> int:
-        "Height and width of an image divided by those of its latent."
+        "Height and width of an image divided by those of the VAE's own latent."
         return 2 ** (len(vae.config.block_out_channels) - 1)
 
     def channels(self, vae: torch.nn.Module) -> int:
