@@ -19,7 +19,7 @@ from ddpo_scratch.trainer.lora import (
     save_lora,
 )
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
-from ddpo_scratch.trainer.trainer import TrainingState
+from ddpo_scratch.trainer.trainer import TrainingState, check_run
 from helpers import embedded, redness, sample, train, twin
 
 SMALL = dict(num_epochs=2, num_samples_per_epoch=8, samples_per_prompt=1, batch_size=4,
@@ -180,6 +180,13 @@ def test_folders_that_hold_no_adapter(tmp_path):
     trained_with(pipe, img_size=32)
     save_lora(pipe, tmp_path)
     refused("not one of this model's", twin("sd2"))
+    config = make_config("emoji", lora_from=tmp_path, img_size=32)
+    for other in (twin("sd2"), embedded()):  # before anything is loaded into it
+        with pytest.raises(ValueError, match="the adapter in .* is of another model: its .* does "
+                                             "not fit this unet"):
+            check_run(config, other)
+    with pytest.raises(ValueError, match="lora_rank is 0, which means none: leave lora_rank out"):
+        make_config("emoji", lora_from=tmp_path, lora_rank=0)
     config = make_config("emoji", lora_from=tmp_path, img_size=32)
     with pytest.raises(ValueError, match="an adapter of unet, and one of transformer alone"):
         TrainingState(config, twin("sd3"))

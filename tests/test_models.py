@@ -632,6 +632,8 @@ def test_sana_is_not_computed_in_fp16(twins):
     with pytest.raises(ValueError, match="leaves fp16's range: set mixed_precision to bf16"):
         check_run(replace(config, mixed_precision="fp16"), opened(twins["sana"]))
     check_run(replace(config, mixed_precision="bf16"), opened(twins["sana"]))
+    with pytest.raises(ValueError, match="img_size must be a positive multiple of 32 pixels"):
+        check_run(replace(config, img_size=48), opened(twins["sana"]))
 
 
 @pytest.mark.parametrize("preset, name", [

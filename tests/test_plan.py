@@ -15,7 +15,13 @@ from torch.profiler import ProfilerActivity, profile
 from ddpo_scratch.animals import new_classifier, new_judge
 from ddpo_scratch.command.architectures import STABLE_DIFFUSION_1, configurations, models
 from ddpo_scratch.command.flags import parse
-from ddpo_scratch.command.plan import REWARD_WEIGHTS, LiveBytes, make_plan, plan_text
+from ddpo_scratch.command.plan import (
+    REWARD_WEIGHTS,
+    LiveBytes,
+    in_millions,
+    make_plan,
+    plan_text,
+)
 from ddpo_scratch.models.families import frozen_parts, network_of, text_encoders
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.rewards import AESTHETIC_CLIP, MLP, JPEGCompressibility
@@ -40,6 +46,20 @@ def measured_peak(config):
         now += event.nbytes()
         peak = max(peak, now)
     return weights + peak
+
+
+def test_a_plan_refuses_what_a_run_refuses():
+    "From the configuration alone: sizes and precision that a model does not have."
+    for preset, changes, says in (
+            ("sana", dict(mixed_precision="fp16"), "leaves fp16's range"),
+            ("sana", dict(img_size=1000), "img_size must be a positive multiple of 32 pixels"),
+            ("sd35", dict(img_sizes="512x512,504x512"), "img_sizes's height must be a positive "
+                                                        "multiple of 16"),
+            ("sd35", dict(eval_img_size=6400), "eval_img_size is 6400; this model draws at most"),
+            ("blog", dict(img_size=64), "img_size 64 is less than a quarter of the 512 pixels")):
+        with pytest.raises(ValueError, match=says): make_plan(make_config(preset, **changes))
+    assert [in_millions(count) for count in (49_999, 51_000, 2 * 10**9)] == [
+        "49,999", "0.1 million", "2000.0 million"]
 
 
 @pytest.mark.slow

@@ -105,10 +105,39 @@ def test_training_in_half_precision():
         assert {p.dtype for p in weights.values()} == {torch.float32}
         assert all("lora_A" in name or not torch.equal(p, before.get(name, torch.zeros_like(p)))
                    for name, p in weights.items())
-        assert row["skipped"] <= (precision == "fp16")  # whose scaler may begin too large
+        assert row["skipped"] == 0
         assert all(map(math.isfinite, row.values())) and 0 < row["grad_norm"]
         norms[precision, rank] = row["grad_norm"]
     assert 0.5 < norms["fp16", 0] / norms["bf16", 0] < 2  # the scaler's factor is gone
+
+
+def test_a_gradient_that_leaves_the_range_of_fp16():
+    "It is computed again with half the scale, and the update is the one of a small scale."
+    config = make_config("emoji", **SMALL | dict(batch_size=8), mixed_precision="fp16",
+                         clip_ratio=0.5)
+    found, scales = [], []
+    for start in (2.0**10, 2.0**30):
+        pipe = twin("sd2")
+        state = TrainingState(config, pipe)
+        state.scaler = torch.amp.GradScaler("cpu", init_scale=start)
+        row, = train(config, pipe, make_prompt_fn(config.prompts), redness, state=state)
+        assert row["skipped"] == 0 < row["grad_norm"] < math.inf
+        found.append(row["grad_norm"]), scales.append(state.scaler.get_scale())
+    assert found[0] == pytest.approx(found[1], rel=1e-2)
+    assert scales[0] == 2.0**10 < scales[1] < 2.0**30
+
+
+def test_a_gradient_that_never_is_finite_ends_the_run():
+    "At a scale of 1 it is the gradient's own fault, and the loop has an end."
+    config = make_config("emoji", **SMALL, mixed_precision="fp16", clip_ratio=0.5)
+    trainer, calls = DDPOTrainer(config, twin("sd2"), lambda: "a fox", redness), []
+    def gradient():
+        calls.append(1)
+        trainer.state.scaler.scale(torch.ones(()))
+        for weight in trainer.state.weights: weight.grad = torch.full_like(weight, math.inf)
+        return {"loss": 0.0}
+    _, norm = trainer.finite(gradient)
+    assert norm == math.inf and len(calls) == 11  # 2¹⁰ … 2⁰
 
 
 def test_noise_above_the_clip_is_told():

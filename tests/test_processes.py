@@ -2,6 +2,8 @@
 import os
 import pickle
 import random
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -279,13 +281,33 @@ def test_a_process_that_dies_ends_the_run():
     assert "ink" not in first and "gather_object" in first, first  # it was waiting for the other
 
 
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m",
+            "ddpo_scratch"]
+
+
 def torchrun(folder, *flags):
     "The command in two processes of PyTorch's own launcher: what it printed."
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", "ddpo_scratch",
-         *flags], capture_output=True, text=True, timeout=300, cwd=folder)
+        [*LAUNCHER, *flags], capture_output=True, text=True, timeout=300, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_ctrl_c_of_pytorchs_own_launcher(twins, tmp_path):
+    "One last sentence, from the first process, with the command that goes on; it does."
+    flags = as_flags(FEW | dict(pipeline=twins["sd2"], num_epochs=10, save_every=1))
+    run = subprocess.Popen([*LAUNCHER, *flags, "--name", "mine"], cwd=tmp_path, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for line in run.stdout:
+        if line.startswith("epoch   2"): break
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=120)
+    last, = (line for line in said.splitlines() if line.startswith("ddpo_train"))
+    assert re.search(r"by (Ctrl-C|SIGTERM, which .* after Ctrl-C)\. runs/mine keeps ", last), last
+    assert last.endswith("To go on: torchrun --nproc_per_node 2 -m ddpo_scratch --resume runs/mine")
+    assert "epoch  10" in torchrun(tmp_path, "--resume", "runs/mine")
 
 
 @pytest.mark.slow
@@ -330,9 +352,10 @@ def test_what_divided_weights_ask_for():
         check_shared(replace(config, num_samples_per_epoch=16, batch_size=8, **dpo))
         check_shared(replace(config, batch_size=6))  # two updates of four images
         for changes, says in (
-                (dict(num_samples_per_epoch=20, batch_size=16), "20 images have 10 images"),
-                (dict(num_samples_per_epoch=10), "10 images have 3 and 4 images"),
-                (dict(num_samples_per_epoch=16, **dpo), "16 images have 2 pairs")):
+                (dict(num_samples_per_epoch=20, batch_size=16),
+                 "num_samples_per_epoch 20 and batch_size 16 make updates of 10 images"),
+                (dict(num_samples_per_epoch=10), "updates of 3 and 4 images"),
+                (dict(num_samples_per_epoch=16, **dpo), "updates of 2 pairs")):
             with pytest.raises(ValueError, match=says): check_shared(replace(config, **changes))
         with pytest.raises(ValueError, match="4 processes cannot share 3 samples"):
             check_shared(replace(config, num_samples_per_epoch=3, shard_weights=False))

@@ -3,6 +3,7 @@
 
 # %% ../../nbs/practice/28_plan.ipynb 5
 "The configuration of a pipeline's parts, without weights, and the preset that fits it."
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from ddpo_scratch.models.stable_diffusion import StableDiffusion
 from ddpo_scratch.pipelines import EMBEDDED, pipeline_source
 from ddpo_scratch.trainer.config import TrainerConfig
 from ddpo_scratch.trainer.lora import AdapterOff, add_lora
+from ddpo_scratch.trainer.policy import check_model_takes
 from ddpo_scratch.trainer.precision import frozen_type
 from ddpo_scratch.trainer.presets import PRESETS
 
@@ -113,8 +115,20 @@ def configurations(
              for part in ("text_encoder", "text_encoder_2", "text_encoder_3")
              if parts.get(part, (None, None))[1]])
     except OSError as error:
-        raise ValueError(f"the configuration of {name!r} cannot be had ({error}). Known without a "
-                         f"download: {', '.join(EMBEDDED)}, {', '.join(SHIPPED)}.") from error
+        hub = "" if Path(source).is_dir() else "perhaps the hub cannot be reached from here; "
+        raise ValueError(f"the configuration of {name!r} cannot be had ({hub}{error}). Known "
+                         f"without a download: {', '.join(EMBEDDED)}, {', '.join(SHIPPED)}."
+                         ) from error
+
+
+def check_model(
+    config: TrainerConfig,
+    made: Made,
+) -> None:
+    "`ValueError` for sizes or a precision that the model does not have; loads nothing."
+    with torch.device("meta"): vae = made.family.vae_class.from_config(made.vae)
+    factor = made.family.factor(vae) * made.family.merges
+    check_model_takes(made.family, factor, made.network, config.named_sizes, config.mixed_precision)
 
 
 class FourBits(torch.nn.Linear):

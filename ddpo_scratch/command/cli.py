@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/practice/13_command.ipynb 3
+import os
 import signal
 import sys
 import traceback
@@ -15,7 +16,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from ..animals import animal_in
-from .architectures import configurations
+from .architectures import check_model, configurations
 from .card import make_repo
 from .flags import parse
 from .folder import check_run_name, kept, run_folder
@@ -82,8 +83,10 @@ def prepare(
     for reward in all_rewards(config): file_of(reward)
     column_of(config.best_by, reward_weights(config.eval_rewards) if config.eval_rewards else ())
     check_shared(config)
+    check_model(config, configurations(config.pipeline))
     if only_plan:  # before any reward file is executed
-        print_once(plan_text(config, make_plan(config)))
+        print_once("computing; the largest models take a minute")
+        print_once(from_the_first(lambda: plan_text(config, make_plan(config))))
         sys.exit()
     for reward in all_rewards(config):
         if ".py:" in reward: print_once(f"running the code in {absolute_name(reward)}")
@@ -113,6 +116,18 @@ def prepare(
     return config, pipe, prompt_fn, reward_fn, folder, resume is not None, eval_rewards
 
 
+def is_first() -> bool:
+    "Whether this is the first process, or the only one; also before they have met."
+    return os.environ.get("RANK", "0") == "0"
+
+
+def left(
+    folder: Path | None,  # of the run, if there is one yet
+) -> str:
+    "A sentence: what the command leaves."
+    return kept(folder) if folder else "Nothing was written."
+
+
 def main() -> None:
     "The command `ddpo_train`."
     def leave(number, frame): raise Stopped(signal.Signals(number).name)
@@ -128,13 +143,15 @@ def main() -> None:
         run_training(*what)
     except KeyboardInterrupt as error:
         stop = error if isinstance(error, Stopped) else Stopped("SIGINT")
-        left = kept(folder) if folder else "Nothing was written."
-        print(f"\nddpo_train: stopped by {str(stop).replace('SIGINT', 'Ctrl-C')}. {left}",
-              file=sys.stderr)
+        what = str(stop).replace("SIGINT", "Ctrl-C")
+        if what == "SIGTERM" and "TORCHELASTIC_RUN_ID" in os.environ:
+            what += ", which torchrun also sends after Ctrl-C"
+        if is_first(): print(f"\nddpo_train: stopped by {what}. {left(folder)}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except Exception as error:
         ours = isinstance(error, (ValueError, OSError, SafetensorError))
         if not ours or getattr(error, "is_a_rewards_own", False): traceback.print_exc()
         reason = str(error) if ours else f"{type(error).__name__}: {error}".splitlines()[0]
-        left = kept(folder) if folder else "Nothing was written."
-        sys.exit(f"ddpo_train: {reason.rstrip('.')}. {left}")
+        if not reason.endswith((".", ".)", "?", "!", "…")): reason += "."
+        sys.exit(f"ddpo_train: {reason} {left(folder)}" if is_first() else
+                 f"ddpo_train, in process {os.environ['RANK']}: {reason}")

@@ -258,7 +258,7 @@ def unfinished_until_the_end(
     except Timeout as error:
         raise ValueError(f"the run in {folder} is still going on.") from error
     write_file(note, "This run is still going on, or it was killed. If it was, this goes on:\n"
-                     f"ddpo_train --resume {shlex.quote(str(folder))}\n"
+                     f"{command_to_resume(folder)}\n"
                      "(In Python: run_training with resume=True.)\n")
     try:
         yield
@@ -273,6 +273,15 @@ def unfinished_until_the_end(
         lock.release()  # the file stays: all processes must lock the same one
 
 
+def command_to_resume(
+    folder: Path,
+) -> str:
+    "The command, with as many processes as there are now."
+    count = processes().num_processes
+    start = "ddpo_train" if count == 1 else f"torchrun --nproc_per_node {count} -m ddpo_scratch"
+    return f"{start} --resume {shlex.quote(str(folder))}"
+
+
 def newest(
     folder: Path,
 ) -> str:
@@ -280,10 +289,10 @@ def newest(
     checkpoints = checkpoints_in(folder / "checkpoints")
     if not checkpoints:
         return ("No checkpoint was written, and the fine-tuned weights are not saved; to begin "
-                f"again in the same place: ddpo_train --resume {shlex.quote(str(folder))}")
+                f"again in the same place: {command_to_resume(folder)}")
     trained = [str(path) for path in checkpoints[-1].iterdir() if path.is_dir()]
     return (f"{''.join(trained[:1])} is what was trained, for diffusers. "
-            f"To go on: ddpo_train --resume {shlex.quote(str(folder))}")
+            f"To go on: {command_to_resume(folder)}")
 
 
 def kept(

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddpo_scratch.command.architectures import (
     FourBits,
     Made,
+    check_model,
     configurations,
     models,
     move_here,
@@ -31,7 +32,7 @@ from ..trainer.algorithms import FORWARD
 from ..trainer.config import TrainerConfig
 from ..trainer.draft import decoded
 from ..trainer.gradient import Objective, Samples, step_losses
-from ..trainer.policy import Policy, check_is_meant
+from ..trainer.policy import Policy
 from ..trainer.precision import averages_bytes
 from ..trainer.presets import REWARDS
 from ..trainer.processes import processes
@@ -82,9 +83,6 @@ class Work:
         self.modules = [module for module in (self.network, self.vae, self.reference)
                         if isinstance(module, torch.nn.Module)]
         self.factor = self.family.factor(self.vae) * self.family.merges
-        own = made.network.get("sample_size")
-        own = own * self.factor if isinstance(own, int) else 0
-        for size in (*config.sizes, config.eval_sides): check_is_meant(min(size), own)
         self.size = max(config.sizes, key=math.prod)
         self.sides, self.drawn_sides = ([side // self.factor for side in size] for size in (
             self.size, max(self.size, config.eval_sides, key=math.prod)))
@@ -230,7 +228,8 @@ def fetched_at_once(
 def make_plan(
     config: TrainerConfig,
 ) -> Plan:
-    "Calculate the memory and operations of a run. Loads no weights."
+    "Calculate the memory and operations of a run. Loads no weights. `ValueError` as in a run."
+    check_model(config, configurations(config.pipeline))
     work = work_of(config)
     def count(*modules):  # two weights of four bits are one byte
         return sum(p.numel() * (1 + (p.dtype == torch.uint8))
@@ -297,8 +296,8 @@ def plan_text(
         return f"{count / 1e15:.2f} · 10¹⁵" if count > 1e14 else f"{count / 1e12:.2f} · 10¹²"
     name, share = config.pipeline, UTILISATION[config.mixed_precision]
     kept = "noised images" if config.algorithm in FORWARD else "trajectories"
-    lines = [f"{name}: {plan.trained / 1e6:.1f} million numbers are trained, "
-             f"{plan.frozen / 1e6:.1f} million are not", "",
+    lines = [f"{name}: {in_millions(plan.trained)} numbers are trained, "
+             f"{in_millions(plan.frozen)} are not", "",
              "memory that is taken all the time"
              + f", by each of {processes().num_processes} processes" * config.shard_weights + ":",
              *(f"  {gigabytes(size)}  {part}" for part, size in plan.resident.items() if size),
@@ -317,6 +316,10 @@ def plan_text(
     more = " Compiled blocks take more memory than this." if config.compile else ""
     return "\n".join([*lines, "", "All this is computed, not measured. What rewards compute is not "
                       "counted, nor are evaluations." + more])
+
+
+def in_millions(count: int) -> str:
+    return f"{count / 1e6:.1f} million" if count >= 5e4 else f"{count:,}"
 
 
 def without_what(config: TrainerConfig) -> str:

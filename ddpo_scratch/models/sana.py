@@ -14,6 +14,7 @@ from ddpo_scratch.models.stable_diffusion import MASKED, StableDiffusion
 class Sana(StableDiffusion):
     "SANA and SANA 1.5 (Xie et al. 2024, 2025)."
     pipeline, flow, vae_class, fp16 = SanaPipeline, True, AutoencoderDC, False
+    multiple = 32  # its own call refuses others
     network, network_class = "transformer", SanaTransformer2DModel
     tokens = 300  # of a prompt, without the instruction before it
 

@@ -28,6 +28,7 @@ class StableDiffusion:
     flow = False      # whether its scheduler is always a flow model's
     guides = True     # a guidance scale above 1 calls the network with the prompt and without
     patch = 1         # height and width of latents must be multiples of it
+    multiple = 1      # and those of images of this, pixels
     packed = 1        # the network's channels divided by the latents' channels
     merges = 1        # a value of the latents stands for merges × merges places of the VAE's own
     scale_name = "guidance_scale"  # of the pipeline's own `__call__`

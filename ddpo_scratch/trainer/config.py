@@ -300,6 +300,13 @@ class TrainerConfig(DDPOConfig):
         return both_sides(self.img_size if self.eval_img_size is None else self.eval_img_size)
 
     @property
+    def named_sizes(self) -> list[tuple[str, tuple[int, int]]]:
+        "All these sizes, each with the name of the setting that says it."
+        name = "img_size" if self.eval_img_size is None else "eval_img_size"
+        return [*(("img_sizes" if self.img_sizes else "img_size", size) for size in self.sizes),
+                (name, self.eval_sides)]
+
+    @property
     def trained_steps(self) -> list[int]:
         "The steps that are trained, as rows of the schedule; 0 is the noisiest."
         if self.which_steps: return [*map(int, self.which_steps.split(","))]
@@ -330,15 +337,15 @@ def check_together(
 ) -> None:
     "`ValueError` for settings that contradict each other."
     c = config
+    if c.lora_from and not c.lora_rank:
+        raise ValueError("lora_from goes on with an adapter, and lora_rank is 0, which means none: "
+                         "leave lora_rank out (make_config reads it from the adapter).")
     if not c.lora_rank and (c.lora_alpha, c.lora_targets) != (None, LORA_TARGETS):
         raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank: set that, or "
                          "leave them out.")
     if c.load_in_4bit and not c.lora_rank:
         raise ValueError("load_in_4bit is for frozen weights, and without an adapter all are "
                          "trained: set lora_rank, too.")
-    if c.lora_from and not c.lora_rank:
-        raise ValueError("lora_from wants lora_rank, lora_alpha and lora_targets to be those of "
-                         "the adapter: use make_config, which reads them from it.")
     check_algorithm(c)
     if c.negative_prompt is not None and c.cfg <= 1:
         raise ValueError(f"negative_prompt has no effect without guidance, and cfg is {c.cfg}: "

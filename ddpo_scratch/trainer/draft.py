@@ -26,7 +26,8 @@ from .policy import Policy, Ruined
 from .precision import on_the_cpu
 from .processes import gathered, my_part, sum_gradients
 from .rollout import joined, sampled
-from .trainer import Trainer, averages
+from .trainer import Trainer
+from .updates import averages
 
 # %% ../../nbs/practice/30_draft.ipynb 5
 def decoded(

@@ -163,15 +163,26 @@ def adapter_settings(
 
 def check_adapter(
     config,     # `TrainerConfig`
+    network: torch.nn.Module,  # without the adapter
     part: str,  # "unet" or "transformer"
 ) -> None:
-    "`ValueError` if the configuration's LoRA settings differ from those of its `lora_from`."
+    "`ValueError` if the adapter in `lora_from` is not the configuration's, or not the network's."
     for name, found in adapter_settings(config.lora_from, part).items():
         given = getattr(config, name)
         if name == "lora_targets": given = tuple(sorted(given))
         if given != found:
             raise ValueError(f"{name} is {given!r}, and that of the adapter in "
                              f"{config.lora_from!r} is {found!r}: leave {name} out.")
+    layers = dict(network.named_modules())
+    with safe_open(Path(config.lora_from) / LORA_FILE, "pt") as file:
+        for name in file.keys():
+            layer, _, which = name.split(".", 1)[1].rpartition(".lora_")
+            shape = file.get_slice(name).get_shape()
+            side = "in_features" if which.startswith("A") else "out_features"
+            its = getattr(layers.get(layer), side, None)
+            if layer not in layers or its is not None and its != shape[which.startswith("A")]:
+                raise ValueError(f"lora_from: the adapter in {config.lora_from!r} is of another "
+                                 f"model: its {layer} does not fit this {part}.")
 
 
 def set_lora(

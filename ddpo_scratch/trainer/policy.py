@@ -7,6 +7,7 @@ __all__ = ['Trajectory', 'Policy']
 
 # %% ../../nbs/practice/15_policy.ipynb 3
 import logging
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -259,32 +260,35 @@ def check_policy(
         raise ValueError(f"guidance_scale is {policy.guidance_scale}, and this model takes none "
                          "(it was distilled to need none, like Flux schnell): set cfg to 1.")
     check_negative_prompt(policy.family, policy.negative_prompt)
-    if policy.mixed_precision == "fp16" and not policy.family.fp16:
-        raise ValueError("this model's attention leaves fp16's range: set mixed_precision to bf16.")
-    factor = policy.factor * policy.family.patch
-    most = policy.network.config.get("pos_embed_max_size")  # patches that have a place
-    own = policy.network.config.get("sample_size")
-    own = own * policy.factor if isinstance(own, int) else 0
-    height, width = policy.size
-    sides = {name: height} if height == width else {
-        f"{name}'s height": height, f"{name}'s width": width}
-    check_size(sides, factor)
-    for side, pixels in sides.items():
-        if most and pixels > most * factor:
-            raise ValueError(f"{side} is {pixels!r}; this model draws at most {most * factor} "
-                             "pixels a side.")
-    check_is_meant(min(policy.size), own, name)
+    check_model_takes(policy.family, policy.factor, policy.network.config,
+                      [(name, policy.size)], policy.mixed_precision)
 
 
-def check_is_meant(
-    pixels: int,  # of an image's shorter side
-    own: int,     # of the images that the model was made for; 0: it does not say
-    name: str = "img_size",  # the setting that says the size
+def check_model_takes(
+    family: StableDiffusion,
+    factor: int,    # height and width of an image divided by those of its latent
+    network: dict,  # its configuration
+    sizes: list[tuple[str, tuple[int, int]]],  # the setting's name, and height and width, pixels
+    mixed_precision: str,
 ) -> None:
-    "`ValueError` for images that are far smaller than the model's own."
-    if pixels < own / 4:
-        raise ValueError(f"{name} {pixels} is less than a quarter of the {own} pixels that "
-                         "this model was made for: of so few it draws nothing that can be seen.")
+    "`ValueError` for sizes or a precision that the model does not have; it need not be loaded."
+    if mixed_precision == "fp16" and not family.fp16:
+        raise ValueError("this model's attention leaves fp16's range: set mixed_precision to bf16.")
+    own, most = network.get("sample_size"), network.get("pos_embed_max_size")
+    own = own * factor if isinstance(own, int) else 0  # pixels a side; 0: it does not say
+    patch = factor * family.patch
+    for name, (height, width) in sizes:
+        sides = {name: height} if height == width else {
+            f"{name}'s height": height, f"{name}'s width": width}
+        check_size(sides, math.lcm(patch, family.multiple))
+        for side, pixels in sides.items():
+            if most and pixels > most * patch:
+                raise ValueError(f"{side} is {pixels!r}; this model draws at most {most * patch} "
+                                 "pixels a side.")
+        if min(height, width) < own / 4:
+            raise ValueError(f"{name} {min(height, width)} is less than a quarter of the {own} "
+                             "pixels that this model was made for: of so few it draws nothing "
+                             "that can be seen.")
 
 # %% ../../nbs/practice/15_policy.ipynb 13
 class Ruined(ValueError):

@@ -63,15 +63,16 @@ def check_shared(
     if not config.shard_weights: return
     if count == 1:
         raise ValueError("shard_weights divides the weights among several processes, and there is "
-                         "one: start them with torchrun --nproc_per_node 2 -m ddpo_scratch …")
+                         "one: start them with torchrun --nproc_per_node 2 -m ddpo_scratch …, or "
+                         "leave it out (--no-shard_weights).")
     sizes = sizes_of_updates(config)
     if samples % count or any(size % count for size in sizes):
         what = "pairs" if config.algorithm == "dpo" else "images"
-        raise ValueError(f"with shard_weights, all {count} processes call the network equally "
-                         f"often. The updates of an epoch of {samples} images have "
-                         f"{' and '.join(map(str, sorted(sizes)))} {what}: choose "
-                         "num_samples_per_epoch and batch_size so that all these are multiples of "
-                         f"{count}.")
+        raise ValueError(
+            f"with shard_weights, all {count} processes call the network equally often. "
+            f"num_samples_per_epoch {samples} and batch_size {config.batch_size} make updates of "
+            f"{' and '.join(map(str, sorted(sizes)))} {what}: choose them so that an epoch and "
+            f"its updates are multiples of {count}.")
 
 
 def check_divided(

@@ -13,11 +13,9 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
@@ -42,7 +40,7 @@ from ddpo_scratch.trainer.lora import (
     trained_weights,
 )
 from .pairs import read_preferences
-from .policy import Policy, Ruined, check_policy
+from .policy import Policy, check_policy
 from .precision import check_precision, make_optimizer
 from ddpo_scratch.trainer.processes import (
     from_the_first,
@@ -55,6 +53,7 @@ from .rollout import PromptCache, drawing
 from .setting_checks import check_installed
 from .sharding import check_divided, check_shared
 from .speed import Compiled, check_compiler, measured_micro_batch
+from .updates import check_updates, schedule_of, summary
 from ..training import TRAINING, noise_sources
 
 # %% ../../nbs/practice/18_trainer.ipynb 5
@@ -103,10 +102,7 @@ def check_run(
     pipe: DiffusionPipeline,
 ) -> None:
     "`TypeError` or `ValueError` where the pipeline cannot do what the configuration says."
-    for name, size in (*[("img_sizes" if config.img_sizes else "img_size", size)
-                         for size in config.sizes], (
-            "img_size" if config.eval_img_size is None else "eval_img_size", config.eval_sides)):
-        check_policy(policy_of(config, pipe, size), name)
+    for name, size in config.named_sizes: check_policy(policy_of(config, pipe, size), name)
     policy = policy_of(config, pipe, config.sizes[0])
     if config.flow_sampler != "sde" and not is_flow(pipe.scheduler):
         raise ValueError(f"flow_sampler {config.flow_sampler!r} is for flow models, and this one "
@@ -131,37 +127,14 @@ def check_run(
     check_divided(config, network)
     name = policy.family.network
     if config.lora_rank: check_lora(network, config.lora_targets)
-    if config.lora_from: check_adapter(config, name)
+    if config.lora_from: check_adapter(config, network, name)
     if not (config.lora_rank or adapters_of(network)
             or network.dtype in (torch.float32, torch.float64)):
         raise ValueError(f"the {name} is in {str(network.dtype).removeprefix('torch.')}, in which "
                          f"small steps are lost. Call pipe.{name}.float() before training, or "
                          "train an adapter over it (lora_rank), whose weights are in float32.")
 
-# %% ../../nbs/practice/18_trainer.ipynb 7
-def check_updates(
-    updates: list[dict],  # of an epoch
-    epoch: int,
-) -> None:
-    "`Ruined` for an epoch in which every update was left out."
-    if all(update["skipped"] for update in updates):
-        raise Ruined(
-            f"epoch {epoch}: none of its {len(updates)} updates was finite; the last had the loss "
-            f"{updates[-1]['loss']} and the norm of the gradient {updates[-1]['grad_norm']}. Usual "
-            "causes: too large a learning rate (try a tenth of lr), too small an eta, weights that "
-            "were damaged before, fp16 where bf16 would do.")
-
-# %% ../../nbs/practice/18_trainer.ipynb 9
-def schedule_of(
-    config: TrainerConfig,
-    updates: int,  # of the whole run
-) -> Callable[[int], float]:  # from an update's number, 0 … updates - 1, to its share of `lr`
-    "The schedule that `lr_scheduler` names."
-    optimizer = torch.optim.SGD([torch.zeros(1)], config.lr)  # it trains nothing
-    return get_scheduler(config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps,
-                         num_training_steps=updates).lr_lambdas[0]
-
-# %% ../../nbs/practice/18_trainer.ipynb 11
+# %% ../../nbs/practice/18_trainer.ipynb 12
 @dataclass
 class Rollout:
     "An epoch under way, of N samples."
@@ -215,26 +188,7 @@ class TrainingState:
         self.updates = []  # with `log_updates`, those of the history's epochs
 
 
-# %% ../../nbs/practice/18_trainer.ipynb 13
-def averages(
-    rows: list[dict],  # numbers with the same names
-    sizes: list[int],  # how many samples each is of
-) -> dict[str, float]:
-    "Means over samples."
-    return {key: float(np.average([row[key] for row in rows], weights=sizes)) for key in rows[0]}
-
-
-def summary(
-    updates: list[dict],  # of each: loss, grad_norm and what `add_gradient` measures
-    sizes: list[int],     # samples of each
-) -> dict[str, float]:
-    """Means over samples, without the updates that were skipped, of which the number is given;
-    of max_log_ratio (where there is one) the first, from before any update."""
-    kept = [pair for pair in zip(updates, sizes) if not pair[0]["skipped"]]
-    first = {name: updates[0][name] for name in ("max_log_ratio",) if name in updates[0]}
-    return averages(*zip(*kept)) | first | {"skipped": len(updates) - len(kept)}
-
-# %% ../../nbs/practice/18_trainer.ipynb 15
+# %% ../../nbs/practice/18_trainer.ipynb 16
 class Trainer:
     """What all ways of learning from a reward share: epochs, optimizer steps, metrics.
 
@@ -357,11 +311,7 @@ class Trainer:
         for batch in self.bar(rollout.batches[len(rollout.updates):], "updates"):
             lr = config.lr * share_of(epoch * count + len(rollout.updates))
             for group in state.optimizer.param_groups: group["lr"] = lr
-            state.optimizer.zero_grad()
-            measured = gradient(batch)
-            state.scaler.scale(torch.zeros((), device=self.policy.device))  # begins, without a part
-            state.scaler.unscale_(state.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(state.weights, config.max_grad_norm).item()
+            measured, norm = self.finite(lambda: gradient(batch))
             skip = not math.isfinite(measured["loss"] + norm)
             state.is_whole = False  # an update is made and counted, or it is not
             if not skip: state.scaler.step(state.optimizer)
@@ -372,6 +322,19 @@ class Trainer:
                 | {"lr": lr, "skipped": skip})
             state.is_whole = True
             on_batch()
+
+    def finite(self, gradient: Callable[[], dict]) -> tuple[dict, float]:  # and the gradient's norm
+        "Call `gradient`. Where fp16 overflows, again with half the scale, until it does not."
+        state = self.state
+        while True:
+            state.optimizer.zero_grad()
+            measured = gradient()
+            state.scaler.scale(torch.zeros((), device=self.policy.device))  # begins, without a part
+            state.scaler.unscale_(state.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(state.weights, self.config.max_grad_norm).item()
+            overflow = math.isfinite(measured["loss"]) and not math.isfinite(norm)
+            if not overflow or state.scaler.get_scale() <= 1: return measured, norm
+            state.scaler.update()
 
     def measure(self, trial: Callable[[int], None], most: int) -> None:
         "Find `micro_batch_size` by trials, up to `most` times a batch, where it is not given."

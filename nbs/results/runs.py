@@ -1,10 +1,11 @@
 """The runs behind the chapters' tables: `python nbs/results/runs.py groups reinforce gamed right`.
 
 `groups`, `reinforce`, `steps`, `gamed`, `incompressible`, `draft`, `dpo_noise`, `comparison0` to
-`comparison2`, `value0`, `value1`, `flow_training0`, `flow_training1` and `nft_slow` train, and have
-a line for each look at fresh pictures on the way; chapters 12 and 30 have pictures, too. (Seconds
-are of one thread beside other work, but for `steps` and the comparisons.) The others look at what
-commands have left in runs/: `right`, `samplers` and `backgrounds` at the three runs
+`comparison2`, `play`, `value0`, `value1`, `flow_training0`, `flow_training1` and `nft_slow` train,
+and have a line for each look at fresh pictures on the way; chapters 12 and 30 and the site's page
+`play` have pictures, too. (Seconds are of one thread beside other work, but for `steps` and the
+comparisons.) The others look at what commands have left in runs/: `right`, `samplers` and
+`backgrounds` at the three runs
 
     ddpo_train --seed N --name seedN
 
@@ -48,6 +49,7 @@ from ddpo_scratch.sampling import decoding_fn, sd_sample
 from ddpo_scratch.scorers.names import WeightedSum, make_reward
 from ddpo_scratch.trainer.checkpoints import in_place, write_file
 from ddpo_scratch.trainer.evaluation import evaluate, fresh_prompts, no_reward
+from ddpo_scratch.trainer.policy import Policy
 from ddpo_scratch.trainer.preferences import DPOTrainer
 from ddpo_scratch.trainer.presets import make_config, make_prompt_fn
 from ddpo_scratch.training import EVALUATION, noise_sources
@@ -291,6 +293,59 @@ def comparison():
     finally: os.chdir(here)
     write_file(HERE.parent / "images" / "comparison.png", png_bytes(figure))
     return rows
+
+
+PLAYED = 8  # prompts
+
+
+def sprite(rows: list[np.ndarray]) -> bytes:  # each uint8, [B, H, W, 3]
+    "Rows of images of one size as one WebP file."
+    buffer = BytesIO()
+    whole = np.concatenate([np.concatenate([*row], 1) for row in rows])
+    Image.fromarray(whole).save(buffer, "WEBP", quality=85, method=6)
+    return buffer.getvalue()
+
+
+def play():
+    """What can be moved on the site's page `play`. Ten minutes, on a machine with nothing else.
+
+    The runs of `comparison0` with the settings as they are, and the images of eight prompts from
+    look to look: nbs/images/play_ALGORITHM.webp has a row for each prompt, a column for each look.
+    A line of the table is of a look; its rewards are those of the eight images."""
+    rows, animal = [], make_reward("animal", "cpu")
+    for algorithm, every in ALGORITHMS_COMPARED.items():
+        config, columns = make_config("emoji", algorithm=algorithm), []
+        prompts = fresh_prompts(config, make_prompt_fn(config.prompts))[:256]
+        shown = [prompts.index(prompt) for prompt in dict.fromkeys(prompts)][:PLAYED]
+
+        def measured(images, prompts):
+            rewards = animal(images, prompts)
+            return {"reward": round(rewards.mean().item(), 4), "spread": round(
+                spread(images, prompts), 4)} | {
+                    prompts[i]: round(rewards[i].item(), 3) for i in shown}
+        found = watched(algorithm, config, 256, every, measure=measured,
+                        on_look=lambda epoch, images: columns.append(images[shown]))
+        names = ("run", "epoch", "right", "reward", "spread", *(
+            prompts[i] for i in shown))
+        rows += [{name: row[name] for name in names} for row in found]
+        write_file(HERE.parent / f"images/play_{algorithm}.webp", sprite([*np.stack(columns, 1)]))
+    write_file(HERE.parent / "images/play_steps.webp", sprite(trajectories()))
+    return rows
+
+
+ETAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def trajectories() -> list[np.ndarray]:  # for each of `ETAS` uint8, [21, H, W, 3]
+    "One image from pure noise in 20 steps, each decoded; always from the same random numbers."
+    pipe, found = load_pipeline("emoji", "cpu"), []
+    for eta in ETAS:
+        policy = Policy(pipe, 20, 3.0, eta, (64, 64))
+        with torch.no_grad():
+            cond = policy.encode(["a tiger"])
+            steps = policy.sample(cond, noise_sources(0, EVALUATION, [0])).latents
+        found.append(policy.decode(steps[:, 0]))
+    return found
 
 
 class SharedNoise(DPOTrainer):
@@ -575,9 +630,9 @@ def plans():
 
 
 TABLES = {function.__name__: function for function in (
-    groups, reinforce, steps, gamed, incompressible, draft, comparison, dpo_noise, hero, right,
-    samplers, flow, flow_noise, guidance, named, nft_slow, processes, backgrounds, evaluations,
-    plans)}
+    groups, reinforce, steps, gamed, incompressible, draft, comparison, play, dpo_noise, hero,
+    right, samplers, flow, flow_noise, guidance, named, nft_slow, processes, backgrounds,
+    evaluations, plans)}
 TABLES |= {f"comparison{seed}": partial(compare_algorithms, seed) for seed in (0, 1, 2)}
 TABLES |= {f"{name}{seed}": partial(function, seed) for seed in (0, 1) for name, function in (
     ("value", compare_values), ("flow_training", flow_training))}
