@@ -8,7 +8,8 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_navbar_depth": 1, "home_page_in_toc": True,
-                      "use_download_button": False, "show_toc_level": 2}
+                      "use_download_button": False, "show_toc_level": 2,
+                      "footer_content_items": []}
 html_static_path = ["_static"]
 html_show_sourcelink = False
 html_copy_source = False

@@ -113,8 +113,8 @@ def test_the_command_leaves_a_whole_run(model, twins):
         path = Path(folder) / "runs" / "first"
         assert sorted(p.name for p in path.iterdir()) == [
             ".lock", "after.png", "before.png", "checkpoints", "config.yaml", "evaluation.csv",
-            "metrics.csv", "pipeline", "progress.gif", "progress.png", "reward_curve.png",
-            "versions.yaml"]
+            "metrics.csv", "pipeline", "progress.gif", "progress.png", "report.html",
+            "reward_curve.png", "versions.yaml"]
         for picture in path.glob("*.png"): Image.open(picture).verify()
         moving = Image.open(path / "progress.gif")
         assert moving.n_frames == 3 and moving.info["loop"] == 0  # before, and two epochs

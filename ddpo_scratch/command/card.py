@@ -37,9 +37,7 @@ It was trained to draw in {num_timesteps} steps ({sampler}), guidance {cfg:g},
 Unless another sampler is named, the numbers above are of {this}:
 
 ```python
-{opening}
-picture = pipe(prompt={example!r}, num_inference_steps={num_timesteps},{eta_argument}
-               {scale_name}={cfg}, height={height}, width={width}{calling}).images[0]
+{code}
 ```
 
 All settings:
@@ -70,22 +68,19 @@ def sampler_of(
     return name + f", noise only in steps {steps}" * config.mixed_sampling
 
 
-def model_card(
+def loading_code(
     config: TrainerConfig,  # as it ran
     pipe: DiffusionPipeline,
-    run: dict,           # from `evaluate_before`
-    verdict: str,
     lora: bool,          # whether an adapter was trained
+    here: str,           # the folder of what was trained
+    example: str,        # a prompt
 ) -> str:
-    "The model card: what was trained and how, and code that loads the model and samples."
+    "Code that loads what was trained and draws an image as in training."
     flow, family = is_flow(pipe.scheduler), family_of(pipe)
-    name, away = family.pipeline.__name__, config.negative_prompt
+    name, is_embedded, away = (
+        family.pipeline.__name__, config.pipeline in EMBEDDED, config.negative_prompt)
     if away is None and config.cfg > 1: away = family.empty
-    here, is_hub = "path/to/this/folder", HUB_NAME.fullmatch(config.pipeline)
-    is_embedded = config.pipeline in EMBEDDED
     base = "path/to/" * Path(config.pipeline).is_absolute() + without_folders(config.pipeline)
-    config = replace(config, **{name: without_folders(getattr(config, name)) for name in (
-        "pipeline", "prompts", "eval_prompts", "reward", "eval_rewards", *FOLDERS)})
     parts = "".join(f", {part}=None" for part in ("text_encoder_3", "tokenizer_3")
                     if getattr(pipe, part, "") is None)  # diffusers has to be told
     in_16_bits = lora and config.mixed_precision != "no"
@@ -104,12 +99,36 @@ def model_card(
             "clip_sample", "set_alpha_to_one", "steps_offset", "timestep_spacing"))
         lines.append("pipe.scheduler = DDIMScheduler.from_config(\n    pipe.scheduler.config, "
                      f"{says})")
+    (height, width), calling = config.eval_sides, family.calling(pipe)
+    more = "".join(f", {key}={value!r}" for key, value in calling.items()) + (
+        f", {family.leading_away(away)}" if away else "")
+    steps = f"num_inference_steps={config.num_timesteps},"
+    if not flow: steps += f" eta={config.eta},"
+    return "\n".join([
+        *lines, f"picture = pipe(prompt={example!r}, {steps}",
+        f"               {family.scale_name}={config.cfg}, height={height}, "
+        f"width={width}{more}).images[0]"])
+
+
+def model_card(
+    config: TrainerConfig,  # as it ran
+    pipe: DiffusionPipeline,
+    run: dict,           # from `evaluate_before`
+    verdict: str,
+    lora: bool,          # whether an adapter was trained
+) -> str:
+    "The model card: what was trained and how, and code that loads the model and samples."
+    flow, name = is_flow(pipe.scheduler), family_of(pipe).pipeline.__name__
+    code = loading_code(config, pipe, lora, "path/to/this/folder", run["prompts"][0])
+    is_hub = HUB_NAME.fullmatch(config.pipeline)
+    config = replace(config, **{name: without_folders(getattr(config, name)) for name in (
+        "pipeline", "prompts", "eval_prompts", "reward", "eval_rewards", *FOLDERS)})
     usual, theirs = not config.mixed_sampling, "the code below adds noise in all steps"
     if flow:
         usual = config.eta == 0 and isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)
         theirs = "`diffusers` has its own, without noise"
     return CARD.format(
-        **asdict(config), **dict(zip(("height", "width"), config.eval_sides)),
+        **asdict(config), code=code,
         pixels=" and ".join(f"{height} × {width}" for height, width in dict.fromkeys(config.sizes)),
         arithmetic="fp32" if config.mixed_precision == "no" else config.mixed_precision,
         head=ModelCardData(
@@ -120,14 +139,9 @@ def model_card(
         method=ALGORITHMS[config.algorithm], asked=config.eval_prompts or config.prompts,
         trained_on=f"the preferences in `{config.preferences}`" if config.preferences
         else f"the reward `{config.reward}`",
-        opening="\n".join(lines), example=run["prompts"][0],
         sampler=sampler_of(config, flow),
         this=("this" if usual else f"that sampling;\n{theirs}")
         + ", and of weights in 4 bits (nf4),\nwhich are in 16 bits below" * config.load_in_4bit,
-        eta_argument="" if flow else f" eta={config.eta},",
-        scale_name=family.scale_name,
-        calling="".join(f", {key}={value!r}" for key, value in family.calling(pipe).items())
-        + (f", {family.leading_away(away)}" if away else ""),
         verdict="\n".join(f"- {line}" for line in verdict.splitlines()),
         settings=as_yaml(asdict(config)))
 

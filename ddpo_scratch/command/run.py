@@ -6,7 +6,7 @@
 import inspect
 import secrets
 from collections.abc import Callable, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ddpo_scratch.command.card import make_repo, model_card, upload, without_folders
+from ddpo_scratch.command.card import loading_code, make_repo, model_card, upload
 from ddpo_scratch.command.figures import (
     csv_text,
     gif_bytes,
     png_bytes,
     progress_strip,
-    reward_curve,
     save_pictures,
     strip_frame,
 )
@@ -38,6 +37,7 @@ from ddpo_scratch.command.folder import (
     with_notes,
 )
 from ddpo_scratch.command.log import Log
+from ddpo_scratch.command.report import Report, curve, thumbnails
 from ddpo_scratch.command.watch import Watch, column_of
 from ddpo_scratch.models.families import family_of, network_of, text_encoders
 from ddpo_scratch.scorers.names import all_informed, ask, make_eval_rewards
@@ -153,7 +153,7 @@ def evaluate_before(
     save_pictures(folder / "before.png", prompts, images, before["reward"])
     return {"prompts": prompts, "before": before, "progress": {},
             "plain": plain_reward(config, pipe, prompts, reward_fn),
-            "config": asdict(config), "id": secrets.token_hex(4)}
+            "pictures": thumbnails(images), "config": asdict(config), "id": secrets.token_hex(4)}
 
 
 def evaluate_after(
@@ -196,18 +196,6 @@ TRAINERS = {kind.algorithm: kind for kind in (
     DDPOTrainer, DRaFTTrainer, NFTTrainer, AWMTrainer, DPOTrainer)}
 
 
-def curve(
-    config: TrainerConfig,
-    history: list[dict],
-) -> bytes:
-    "reward_curve.png. Images from a folder have no reward: there it is the implicit accuracy."
-    name = without_folders(config.reward)
-    if config.preferences:
-        name, history = "implicit accuracy", [row | {
-            "reward_mean": row["implicit_accuracy"], "reward_std": 0.0} for row in history]
-    return png_bytes(reward_curve(history, name))
-
-
 def run_training(
     config: TrainerConfig,
     pipe: DiffusionPipeline,     # its UNet is trained in place
@@ -237,7 +225,7 @@ def run_training(
         checkpoint = from_the_first(lambda: newest_intact(folder / "checkpoints"))
     begun_with = sources(config, pipe, {"prompts": prompt_fn, "eval_prompts": asked})
     if resume and (folder / "versions.yaml").exists(): check_sources(begun_with, folder)
-    with unfinished_until_the_end(folder, resume):
+    with unfinished_until_the_end(folder, resume), ExitStack() as stack:
         if not (folder / "versions.yaml").exists():
             write_file(folder / "versions.yaml", as_yaml(versions() | begun_with))
         if not resume: write_file(folder / "config.yaml", as_yaml(asdict(config)))
@@ -259,17 +247,19 @@ def run_training(
         progress = Progress(config, pipe, run["prompts"], folder, run["progress"])
         if not run["progress"]: progress.draw("before")
         watch = Watch(config, pipe, reward_fn, eval_rewards, folder, run)
+        report = stack.enter_context(Report(config, folder, run, watch, state.history))
 
         def save(keep=config.checkpoints_total_limit):
             save_checkpoint(folder / "checkpoints", keep, pipe, state, run)
         def on_epoch(row):
             write_file(folder / "metrics.csv", csv_text(state.history))
-            write_file(folder / "reward_curve.png", curve(config, state.history))
+            write_file(folder / "reward_curve.png", png_bytes(curve(config, state.history)))
             if state.updates: write_file(folder / "updates.csv", csv_text(state.updates))
             ends = watch.after(row["epoch"], state)
             progress.after(row["epoch"], ends)
             log.epoch(row, progress.drawn_after(row["epoch"]), watch.new(row["epoch"]))
             ends = ends or row["epoch"] == config.num_epochs
+            report.write()
             if row["epoch"] % config.save_every == 0 or ends: save()
             on_batch()
             return ends
@@ -300,10 +290,13 @@ def run_training(
                 raise
         line = evaluate_after(config, pipe, reward_fn, folder, run, watch, len(state.history))
         has_adapter = bool(adapters_of(network_of(pipe)))
-        card = model_card(config, pipe, run, line, has_adapter)
+        card, report.verdict = model_card(config, pipe, run, line, has_adapter), line
         save_trained(pipe, folder, {
-            "README.md": card.encode(), "reward_curve.png": curve(config, state.history)})
+            "README.md": card.encode(),
+            "reward_curve.png": png_bytes(curve(config, state.history))})
         remove_old(folder / "checkpoints", 1)
+        saved = str(folder / ("lora" if has_adapter else "pipeline"))
+        report.code = loading_code(config, pipe, has_adapter, saved, run["prompts"][0])
     if not has_adapter:
         pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # its source from now on
     print_once(f"curve, pictures and what was trained are in {folder}")

@@ -110,7 +110,8 @@ class Watch:
 
     def last(self, epoch: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
         "Images and scores after the last epoch, which may have been evaluated already."
-        return self.newest[1:] if self.newest[0] == epoch else self.scored()
+        if self.newest[0] != epoch: self.newest = epoch, *self.scored()
+        return self.newest[1:]
 
     def summary(self) -> str:
         "A sentence about the best evaluation; empty if there were none on the way."
