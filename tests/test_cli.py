@@ -816,6 +816,19 @@ def test_the_result_goes_to_the_hub(flags):
         site.shutdown()
 
 
+def test_each_sentence_ends_once(tmp_path):
+    "A wrong setting: what is wrong, and that nothing was written; processes say which one it is."
+    for flag, end in (("--eta=0", "need no noise.) Nothing was written."),
+                      ("--reward=beauty", ". Nothing was written."),
+                      ("--lora_from=nowhere", ". Nothing was written.")):
+        wrong = called(tmp_path, flag)[1]
+        assert wrong.endswith(end) and not re.search(r"[.!?…][)]?[.]", wrong), wrong
+        with patch.dict(os.environ, RANK="1"): second = called(tmp_path, flag)[1]
+        assert second == wrong.replace(": ", ", in process 1: ", 1).removesuffix(
+            " Nothing was written.")
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX's")
 def test_no_room_ends_in_one_sentence(flags, tmp_path):
     "Files above 0.2 MB cannot be written: what there is is said, no half of a pipeline stays."
