@@ -185,6 +185,11 @@ def test_folders_that_hold_no_adapter(tmp_path):
         with pytest.raises(ValueError, match="the adapter in .* is of another model: its .* does "
                                              "not fit this unet"):
             check_run(config, other)
+    pipe = twin("sd2")  # convolutions have channels
+    trained_with(pipe, img_size=32, lora_targets=("conv1",))
+    save_lora(pipe, tmp_path)
+    with pytest.raises(ValueError, match="its .*conv1 does not fit this unet"):
+        check_run(make_config("emoji", lora_from=tmp_path, img_size=32), embedded())
     with pytest.raises(ValueError, match="lora_rank is 0, which means none: leave lora_rank out"):
         make_config("emoji", lora_from=tmp_path, lora_rank=0)
     config = make_config("emoji", lora_from=tmp_path, img_size=32)

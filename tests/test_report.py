@@ -2,6 +2,8 @@
 import base64
 import csv
 import io
+import json
+import re
 from html.parser import HTMLParser
 from itertools import count, cycle
 
@@ -13,6 +15,7 @@ from PIL import Image
 from ddpo_scratch.command.report import SIDE, changed_settings, thumbnails, to_go
 from ddpo_scratch.command.run import run_training
 from ddpo_scratch.trainer.checkpoints import Stopped
+from ddpo_scratch.trainer.policy import Ruined
 from ddpo_scratch.trainer.presets import make_config
 from helpers import redness, twin
 
@@ -25,13 +28,14 @@ class Page(HTMLParser):
     "What a browser would read: texts by tag, pictures, and everything that is asked of others."
     def __init__(self, text):
         super().__init__()
-        self.images, self.texts, self.asked, self.tags = [], {}, [], []
+        self.images, self.texts, self.asked, self.tags, self.pairs = [], {}, [], [], []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        if tag not in ("meta", "img", "br"): self.tags.append(tag)
+        if tag not in ("meta", "img", "br", "input"): self.tags.append(tag)
         if tag == "img": self.images.append(attributes)
+        if tag == "div" and self.tags[-2:] == ["li", "div"]: self.pairs.append("")
         self.asked += [value for name, value in attributes.items()
                        if name in ("src", "href") and not value.startswith("data:")]
 
@@ -39,7 +43,10 @@ class Page(HTMLParser):
         assert self.tags.pop() == tag  # all are closed, in order
 
     def handle_data(self, data):
-        if data.strip(): self.texts.setdefault(self.tags[-1], []).append(" ".join(data.split()))
+        words = " ".join(data.split())
+        if words: self.texts.setdefault(self.tags[-1], []).append(words)
+        if words and self.pairs and "li" in self.tags and "div" not in self.tags:
+            self.pairs[-1] = f"{self.pairs[-1]} {words}".strip()
 
     def says(self, tag): return " ".join(self.texts.get(tag, []))
 
@@ -68,10 +75,9 @@ def test_the_page_of_a_whole_run(tmp_path):
     assert [image["alt"] for image in pairs] == [
         f"{row['prompt']}, {when}" for row in rows for when in ("before training", "after epoch 2")]
     assert {row["prompt"] for row in rows} == {*ODD}
-    for row in rows:
-        assert f"{row['prompt']}{float(row['before']):.3f} →".replace(" ", "") in page.says(
-            "p").replace(" ", "")
-        assert f"{float(row['after']):.3f}" in page.says("p") + page.says("span")
+    for row, said in zip(rows, page.pairs, strict=True):
+        before, after = float(row["before"]), float(row["after"])
+        assert said == f"{row['prompt']} {before:.3f} → {after:.3f}"
     for image in pairs: assert Image.open(io.BytesIO(decoded(image))).size == (32, 32)
     drawn, strip = page.images[6:]
     assert b"<svg" in decoded(drawn) and "in epoch 2" in drawn["alt"]
@@ -97,6 +103,7 @@ def test_the_page_says_how_far_the_run_is(tmp_path):
     assert "Epoch 1 of 2, " in seen[0].says("p") and "to go" in seen[0].says("p")
     stopped = Page((tmp_path / "report.html").read_text("utf-8"))
     assert "Stopped." in stopped.says("strong") and "script" not in stopped.texts
+    assert "Stopped by Ctrl-C. " in stopped.says("p")
     assert f"To go on: ddpo_train --resume {tmp_path}" in stopped.says("p")
     assert [image["alt"].rpartition(", ")[2] for image in stopped.images[:3]] == [
         "before training"] * 3
@@ -126,8 +133,49 @@ def test_small_pictures():
 
 
 def test_the_time_to_go():
-    "By the last ten epochs, of which the first, slow one is none."
-    config = make_config("emoji", num_epochs=24)
-    history = [{"seconds": 500.0}, *[{"seconds": 30.0}] * 11]
-    assert to_go(config, history) == ", 30.0 s each: about 6.0 min to go"
-    assert to_go(config, []) == "" == to_go(config, history * 2)
+    "By the last ten epochs, of which the first, slow one is none; with all that is between them."
+    clock = [(0, 0.0), *[(i, 500.0 + 30 * i) for i in range(1, 13)]]
+    assert to_go(24, clock) == ", 30.0 s each: about 6.0 min to go"
+    assert to_go(24, clock[:2]) == ", 530.0 s each: about 3.4 h to go"
+    assert to_go(24, clock[:1]) == "" == to_go(12, clock)
+
+
+def test_a_page_about_preferences(tmp_path):
+    "There is no reward in such a run: the curve is the implicit accuracy, and says so."
+    (tmp_path / "pairs").mkdir()
+    for number in range(4):
+        Image.new("RGB", (32, 32), (60 * number, 0, 0)).save(tmp_path / f"pairs/{number}.png")
+    (tmp_path / "pairs" / "preferences.jsonl").write_text("".join(
+        json.dumps({"prompt": "a fox", "preferred": f"{i}.png", "rejected": f"{3 - i}.png"}) + "\n"
+        for i in (0, 1)))
+    page = run(tmp_path / "run", algorithm="dpo", preferences=str(tmp_path / "pairs"), beta=1.0,
+               samples_per_prompt=2)
+    rows = [*csv.DictReader((tmp_path / "run" / "metrics.csv").open(encoding="utf-8"))]
+    shown, = (image["alt"] for image in page.images if "in epoch 2" in image["alt"])
+    first, last = (float(row["implicit_accuracy"]) for row in (rows[0], rows[-1]))
+    assert shown == (f"The implicit accuracy is {first:.4f} in epoch 1 and {last:.4f} in epoch 2.")
+    assert "The implicit accuracy of each epoch" in page.says("p")
+    assert not any(str(tmp_path) in page.says(tag) for tag in ("h1", "td", "p"))
+
+
+def test_a_page_says_why_a_run_ended(tmp_path):
+    "By patience, or by weights that are lost: one sentence, and no picture of what is not there."
+    page = run(tmp_path / "patient", lambda images, prompts: np.zeros(len(images)), num_epochs=5,
+               eval_every=1, patience=1)
+    assert "Finished." in page.says("strong") and "Epoch 1 of 5" in page.says("p")
+    assert "because 1 evaluations were no better (--patience)." in page.says("p")
+    with pytest.raises(Ruined): run(tmp_path / "mad", lr=1e6)
+    page = Page((tmp_path / "mad" / "report.html").read_text("utf-8"))
+    assert "Stopped." in page.says("strong") and "Ruined: " in page.says("p")
+    assert not re.search(r"[.!?…][)]?[.]", page.says("p")), page.says("p")
+
+
+def test_the_page_does_not_hide_an_error(tmp_path):
+    "Where it cannot be written any more, the run's own error is what is seen."
+    def leaving(images, prompts):
+        if len(prompts) == 4:
+            (tmp_path / "run" / "report.html").unlink()
+            (tmp_path / "run" / "report.html").mkdir()
+            raise Stopped("SIGTERM")
+        return redness(images, prompts)
+    with pytest.raises(Stopped): run(tmp_path / "run", leaving)

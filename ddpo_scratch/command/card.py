@@ -3,6 +3,7 @@
 
 # %% ../../nbs/practice/13_command.ipynb 21
 "The model card, and the upload to the hub."
+import json
 import shlex
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -68,6 +69,14 @@ def sampler_of(
     return name + f", noise only in steps {steps}" * config.mixed_sampling
 
 
+def for_others(
+    config: TrainerConfig,
+) -> TrainerConfig:
+    "The configuration without folders of this machine."
+    return replace(config, **{name: without_folders(getattr(config, name)) for name in (
+        "pipeline", "prompts", "eval_prompts", "reward", "eval_rewards", *FOLDERS)})
+
+
 def loading_code(
     config: TrainerConfig,  # as it ran
     pipe: DiffusionPipeline,
@@ -85,10 +94,10 @@ def loading_code(
                     if getattr(pipe, part, "") is None)  # diffusers has to be told
     in_16_bits = lora and config.mixed_precision != "no"
     if in_16_bits: parts += f", dtype={DTYPES[config.mixed_precision]}"
-    load = f'{name}.from_pretrained(\n    "{base if lora else here}"{parts})'
+    load = f"{name}.from_pretrained(\n    {json.dumps(base if lora else here)}{parts})"
     imports = [name] if flow else ["DDIMScheduler", name]
     lines = [f"from diffusers import {', '.join(imports)}", "", f"pipe = {load}"]
-    if lora: lines.append(f'pipe.load_lora_weights("{here}")')
+    if lora: lines.append(f"pipe.load_lora_weights({json.dumps(here)})")
     if lora and is_embedded:
         lines[:3] = ["from ddpo_scratch.all import load_pipeline",
                      *(["from diffusers import DDIMScheduler"] * (not flow)), "",
@@ -121,8 +130,7 @@ def model_card(
     flow, name = is_flow(pipe.scheduler), family_of(pipe).pipeline.__name__
     code = loading_code(config, pipe, lora, "path/to/this/folder", run["prompts"][0])
     is_hub = HUB_NAME.fullmatch(config.pipeline)
-    config = replace(config, **{name: without_folders(getattr(config, name)) for name in (
-        "pipeline", "prompts", "eval_prompts", "reward", "eval_rewards", *FOLDERS)})
+    config = for_others(config)
     usual, theirs = not config.mixed_sampling, "the code below adds noise in all steps"
     if flow:
         usual = config.eta == 0 and isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler)

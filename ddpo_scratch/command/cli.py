@@ -19,7 +19,7 @@ from ..animals import animal_in
 from .architectures import check_model, configurations
 from .card import make_repo
 from .flags import parse
-from .folder import check_run_name, kept, run_folder
+from .folder import as_sentence, check_run_name, kept, run_folder
 from .plan import all_rewards, make_plan, plan_text
 from .run import TRAINERS, run_training
 from .watch import column_of
@@ -152,6 +152,6 @@ def main() -> None:
         ours = isinstance(error, (ValueError, OSError, SafetensorError))
         if not ours or getattr(error, "is_a_rewards_own", False): traceback.print_exc()
         reason = str(error) if ours else f"{type(error).__name__}: {error}".splitlines()[0]
-        if not reason.endswith((".", ".)", "?", "!", "…")): reason += "."
+        reason = as_sentence(reason)
         sys.exit(f"ddpo_train: {reason} {left(folder)}" if is_first() else
                  f"ddpo_train, in process {os.environ['RANK']}: {reason}")

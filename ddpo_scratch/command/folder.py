@@ -4,6 +4,7 @@
 # %% ../../nbs/practice/13_command.ipynb 9
 "A run's folder: its name, the record of what ran, and the checks before it is resumed."
 import hashlib
+import os
 import platform
 import re
 import shlex
@@ -278,8 +279,15 @@ def command_to_resume(
 ) -> str:
     "The command, with as many processes as there are now."
     count = processes().num_processes
-    start = "ddpo_train" if count == 1 else f"torchrun --nproc_per_node {count} -m ddpo_scratch"
+    here = os.environ.get("LOCAL_WORLD_SIZE", str(count))  # on this machine
+    start = "ddpo_train" if count == 1 else f"torchrun --nproc_per_node {here} -m ddpo_scratch"
+    if here != str(count): start = start.replace(" --", " [machines as before] --", 1)
     return f"{start} --resume {shlex.quote(str(folder))}"
+
+
+def as_sentence(text: str) -> str:
+    "With a period where its end has none."
+    return text if text.endswith((".", ".)", "?", "!", "…")) else f"{text}."
 
 
 def newest(

@@ -228,7 +228,7 @@ def fetched_at_once(
 def make_plan(
     config: TrainerConfig,
 ) -> Plan:
-    "Calculate the memory and operations of a run. Loads no weights. `ValueError` as in a run."
+    "Calculate the memory and operations of a run. No weights are loaded. Raises as `check_model`."
     check_model(config, configurations(config.pipeline))
     work = work_of(config)
     def count(*modules):  # two weights of four bits are one byte

@@ -9,6 +9,7 @@ __all__ = []
 import base64
 import io
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,13 +20,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .architectures import preset_for
-from .card import without_folders
+from .card import for_others, without_folders
 from .figures import reward_curve
-from .folder import as_yaml, newest
+from .folder import as_sentence, as_yaml, newest
 from .plan import duration
 from .watch import Watch
 from ..trainer.algorithms import ALGORITHMS
-from ..trainer.checkpoints import write_file
+from ..trainer.checkpoints import Stopped, write_file
 from ..trainer.config import TrainerConfig
 from ..trainer.presets import make_config
 from ..trainer.processes import processes
@@ -36,10 +37,10 @@ PAIRS, SIDE = 16, 192  # how many prompts are shown, and the longer side of thei
 
 def thumbnails(
     images: np.ndarray,  # uint8, [N, H, W, 3]
-) -> torch.Tensor:       # the first of them, uint8, [16, h, w, 3]
+) -> torch.Tensor:       # the first of them, at most 16, uint8, [·, h, w, 3]
     "Smaller images, for the page."
     share = min(1.0, SIDE / max(images.shape[1:3]))
-    size = [round(share * side) for side in (images.shape[2], images.shape[1])]
+    size = [max(1, round(share * side)) for side in (images.shape[2], images.shape[1])]
     return torch.stack([torch.from_numpy(np.array(Image.fromarray(image).resize(size)))
                         for image in images[:PAIRS]])
 
@@ -67,13 +68,14 @@ def drawing(figure: Figure) -> str:
 def changed_settings(
     config: TrainerConfig,  # as it ran
 ) -> tuple[str, list[tuple]]:  # the preset's name; name, value, the preset's value
-    "The settings that differ from those of the model's preset, or of `blog` where it has none."
+    """The settings that differ from those of the model's preset, or of `blog` where it has none;
+    without folders of this machine."""
     try:
         preset = preset_for(config.pipeline)
     except ValueError:
         preset = "blog"  # a pipeline that was made in Python
     usual = asdict(make_config(preset, algorithm=config.algorithm))
-    return preset, [(name, value, usual[name]) for name, value in asdict(config).items()
+    return preset, [(name, value, usual[name]) for name, value in asdict(for_others(config)).items()
                     if value != usual[name] and name != "device"]
 
 # %% ../../nbs/practice/37_report.ipynb 9
@@ -99,6 +101,19 @@ pre { background: var(--soft); padding: .8rem; overflow-x: auto; border-radius: 
 """
 
 # %% ../../nbs/practice/37_report.ipynb 10
+SCRIPT = """
+const box = document.getElementById("reload"), old = document.getElementById("old");
+const opened = () => document.querySelector("details[open]");
+box.checked = location.hash !== "#stay";
+box.onchange = () => { location.hash = box.checked ? "" : "stay"; };
+setInterval(() => {
+  const minutes = Math.round((Date.now() / 1000 - WRITTEN) / 60);
+  if (minutes > PATIENCE) old.textContent = `Nothing was written for ${minutes} minutes: `
+    + "perhaps the run was killed.";
+  if (box.checked && !opened()) location.reload();
+}, 15000);
+"""
+
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -106,64 +121,79 @@ PAGE = """<!doctype html>
 <h1>{{ title }}</h1>
 <p>{{ method }}, by <code>ddpo_scratch</code>.
 <strong>{{ state[0] | upper }}{{ state[1:] }}.</strong>
-Epoch {{ epoch }} of {{ epochs }}{{ left }}. Written {{ now }}.
-{% if state == "running" %}This page loads itself again every 15 seconds.{% endif %}</p>
-<progress max="{{ epochs }}" value="{{ epoch }}" aria-label="epochs done"></progress>
+Epoch {{ epoch }} of {{ epochs }}{{ left }}. Written {{ now }}.</p>
+{% if state == "running" %}<p><label><input type="checkbox" id="reload" checked>
+load this page again every 15 seconds</label> <span id="old" role="status"></span></p>{% endif %}
+<progress max="{{ epochs }}" value="{{ epochs if state == "finished" else epoch }}"
+aria-label="the part of the run that is done"></progress>
 {% if reason %}<p>{{ reason }}</p>{% endif %}
 {% if verdict %}<h2>Result</h2><ul>{% for line in verdict %}<li>{{ line }}</li>{% endfor %}</ul>
 {% endif %}
 {% if pairs %}<h2>{{ heading }}</h2>
-<p>The same prompts and the same noise. Below each image its reward.</p>
+<p>The same prompts and the same noise. Below each pair the rewards of its images.</p>
 <ul class="pairs">{% for pair in pairs %}<li><div>
 {% for image, when in pair.images %}<img src="{{ image }}" alt="{{ pair.prompt }}, {{ when }}">
 {% endfor %}</div><p>{{ pair.prompt }}<br>{{ pair.before }}{% if pair.after %} →
 <span{% if pair.better %} class="better"{% endif %}>{{ pair.after }}</span>{% endif %}</p></li>
 {% endfor %}</ul>{% endif %}
 {% if curve %}<h2>Curves</h2>
-<p>Mean of an epoch's images, and their standard deviation. Below it what was watched.</p>
+<p>{{ curve_is }}</p>
 <img class="white" src="{{ curve }}" alt="{{ curve_says }}">{% endif %}
 {% if strip %}<h2>On the way</h2>
-<img class="white" src="{{ strip }}" alt="Images of six prompts, always from the same noise,
-before training and after some epochs.">
+<img class="white" src="{{ strip }}" alt="Images of up to six prompts, always from the same
+noise, before training and after some epochs.">
 {% endif %}
 <h2>Scores of fresh images</h2>
 <p>Means over {{ count }} images that are not trained on.</p>
-<div class="wide"><table><thead><tr>{% for name in scores[0] %}<th scope="col">{{ name }}</th>
+<div class="wide" tabindex="0"><table><thead><tr>
+{% for name in scores[0] %}<th scope="col">{{ name }}</th>
 {% endfor %}</tr></thead><tbody>{% for row in scores %}<tr>{% for value in row.values() %}
 <td>{{ value }}</td>{% endfor %}</tr>{% endfor %}</tbody></table></div>
-{% if code %}<h2>How to load it</h2><pre>{{ code }}</pre>{% endif %}
+{% if code %}<h2>How to load it</h2><p>In the folder where the command was started:</p>
+<pre tabindex="0">{{ code }}</pre>{% endif %}
 <h2>Settings that differ from the preset {{ preset }}</h2>
-<div class="wide"><table><thead><tr><th scope="col">setting</th><th scope="col">here</th>
+{% if changes %}<div class="wide" tabindex="0"><table><thead><tr>
+<th scope="col">setting</th><th scope="col">here</th>
 <th scope="col">preset</th></tr></thead><tbody>{% for name, value, usual in changes %}
 <tr><td><code>{{ name }}</code></td><td>{{ value }}</td><td>{{ usual }}</td></tr>{% endfor %}
-</tbody></table></div>
-<details><summary>All settings</summary><pre>{{ settings }}</pre></details></main>
-{% if state == "running" %}<script>setTimeout(() => location.reload(), 15000)</script>{% endif %}
+</tbody></table></div>{% else %}<p>None.</p>{% endif %}
+<details><summary>All settings</summary><pre tabindex="0">{{ settings }}</pre></details></main>
+{% if state == "running" %}<script>{{ script | safe }}</script>{% endif %}
 </body></html>
 """
 
 # %% ../../nbs/practice/37_report.ipynb 12
 def curve(
     config: TrainerConfig,
-    history: list[dict],
-) -> Figure:
-    "The curve of the training. Images from a folder have no reward: there the implicit accuracy."
-    name = without_folders(config.reward)
+    history: list[dict],  # at least one row
+) -> tuple[Figure, str, str]:
+    """The curve of the training, what it is, and what it shows, in words.
+
+    Images from a folder have no reward: there it is the implicit accuracy."""
+    name, what = without_folders(config.reward), "The mean reward"
     if config.preferences:
-        name, history = "implicit accuracy", [row | {
-            "reward_mean": row["implicit_accuracy"], "reward_std": 0.0} for row in history]
-    return reward_curve(history, name)
+        name, what = "implicit accuracy", "The implicit accuracy"
+        history = [row | {"reward_mean": row["implicit_accuracy"], "reward_std": 0.0}
+                   for row in history]
+    first, last = history[0], history[-1]
+    more = "" if config.preferences else ", and the standard deviation of its images"
+    others = {*last} - {"reward_mean", "reward_std"}
+    if any(other.startswith(("reward_", "eval_")) for other in others):
+        more += "; below, the means of the other scores"
+    return (reward_curve(history, name), f"{what} of each epoch{more}.",
+            f"{what} is {first['reward_mean']:.4f} in epoch {first['epoch']} and "
+            f"{last['reward_mean']:.4f} in epoch {last['epoch']}.")
 
 
 def to_go(
-    config: TrainerConfig,
-    history: list[dict],
+    epochs: int,                      # of the whole run
+    clock: list[tuple[int, float]],  # epochs done, and the time, seconds; at each `write`
 ) -> str:
-    "How long the epochs that are left will take, as the last ones did."
-    if not history or len(history) >= config.num_epochs: return ""
-    seconds = float(np.mean([row["seconds"] for row in history[-10:]]))
-    left = duration(seconds * (config.num_epochs - len(history))).strip()
-    return f", {seconds:.1f} s each: about {left} to go"
+    "How long the epochs that are left will take, if they take as long as the last ones."
+    (before, start), (done, now) = clock[-11:][0], clock[-1]
+    if done == before or done >= epochs: return ""
+    seconds = (now - start) / (done - before)
+    return f", {seconds:.1f} s each: about {duration(seconds * (epochs - done)).strip()} to go"
 
 # %% ../../nbs/practice/37_report.ipynb 13
 class Report:
@@ -178,7 +208,7 @@ class Report:
         history: list[dict],    # of the trainer's state; it grows
     ):
         self.config, self.folder, self.run, self.watch = config, folder, run, watch
-        self.history, self.verdict, self.code = history, "", ""
+        self.history, self.verdict, self.code, self.clock = history, "", "", []
         self.preset, self.changes = changed_settings(config)
         self.page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
 
@@ -187,23 +217,35 @@ class Report:
         return self
 
     def __exit__(self, kind, error, trace):
-        if kind is None: self.write("finished")
-        else: self.write("stopped", f"{kind.__name__}: {error}. {newest(self.folder)}")
+        early, waited = len(self.history) < self.config.num_epochs, self.watch.waited
+        if kind is None:
+            self.write("finished", f"It ended early, because {waited} evaluations were no better "
+                                   "(--patience)." if early else "")
+        elif processes().is_main_process:
+            by = "Ctrl-C" if str(error) == "SIGINT" else str(error)
+            reason = f"Stopped by {by}" if kind is Stopped else f"{kind.__name__}: {error}"
+            with suppress(OSError):  # the error itself is what has to be seen
+                self.write("stopped", f"{as_sentence(reason)} {newest(self.folder)}")
 
     def write(self, state: str = "running", reason: str = "") -> None:
         if not processes().is_main_process: return
         config, history, strip = self.config, self.history, self.folder / "progress.png"
+        self.clock.append((len(history), time.monotonic()))
+        figure, is_of, says = curve(config, history) if history else (None, "", "")
+        pace = history[-1]["seconds"] if history else 0.0
+        script = SCRIPT.replace("WRITTEN", str(time.time())).replace(
+            "PATIENCE", str(10 + pace / 60 * 5))
         write_file(self.folder / "report.html", self.page.render(
             self.images(), state=state, reason=reason, style=STYLE, scores=self.scores(),
             title=f"{without_folders(config.pipeline)}, trained on "
                   f"{without_folders(config.preferences or config.reward)}",
             method=ALGORITHMS[config.algorithm], epoch=len(history), epochs=config.num_epochs,
-            left=to_go(config, history) if state == "running" else "",
+            left=to_go(config.num_epochs, self.clock) if state == "running" else "",
             now=time.strftime("%Y-%m-%d %H:%M:%S"), verdict=self.verdict.splitlines(),
-            curve=drawing(curve(config, history)) if history else "", curve_says=said(history),
+            curve=drawing(figure) if figure else "", curve_is=is_of, curve_says=says, script=script,
             strip=as_address(strip.read_bytes(), "png") if strip.exists() else "",
             count=len(self.run["prompts"]), code=self.code, preset=self.preset,
-            changes=self.changes, settings=as_yaml(asdict(config))))
+            changes=self.changes, settings=as_yaml(asdict(for_others(config)))))
 
     def images(self) -> dict:
         "The pairs of images, and their heading."
@@ -227,13 +269,5 @@ class Report:
         rows = [*self.watch.rows]
         if epoch > rows[-1]["epoch"]: rows.append(self.watch.means(epoch, scores))
         return [{"after epoch": row["epoch"] or "untrained"} | {
-            name.removeprefix("eval_"): f"{value:.4f}" for name, value in row.items()
-            if name != "epoch"} for row in rows]
-
-
-def said(history: list[dict]) -> str:
-    "The curve in words."
-    if not history: return ""
-    first, last = history[0], history[-1]
-    return (f"The reward's mean is {first['reward_mean']:.4f} in epoch {first['epoch']} and "
-            f"{last['reward_mean']:.4f} in epoch {last['epoch']}.")
+            f"{name.removeprefix('eval_')} (not trained on)" if name.startswith("eval_") else name:
+            f"{value:.4f}" for name, value in row.items() if name != "epoch"} for row in rows]

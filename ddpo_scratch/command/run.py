@@ -253,7 +253,7 @@ def run_training(
             save_checkpoint(folder / "checkpoints", keep, pipe, state, run)
         def on_epoch(row):
             write_file(folder / "metrics.csv", csv_text(state.history))
-            write_file(folder / "reward_curve.png", png_bytes(curve(config, state.history)))
+            write_file(folder / "reward_curve.png", png_bytes(curve(config, state.history)[0]))
             if state.updates: write_file(folder / "updates.csv", csv_text(state.updates))
             ends = watch.after(row["epoch"], state)
             progress.after(row["epoch"], ends)
@@ -293,9 +293,9 @@ def run_training(
         card, report.verdict = model_card(config, pipe, run, line, has_adapter), line
         save_trained(pipe, folder, {
             "README.md": card.encode(),
-            "reward_curve.png": png_bytes(curve(config, state.history))})
+            "reward_curve.png": png_bytes(curve(config, state.history)[0])})
         remove_old(folder / "checkpoints", 1)
-        saved = str(folder / ("lora" if has_adapter else "pipeline"))
+        saved = (folder / ("lora" if has_adapter else "pipeline")).as_posix()
         report.code = loading_code(config, pipe, has_adapter, saved, run["prompts"][0])
     if not has_adapter:
         pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # its source from now on

@@ -178,9 +178,10 @@ def check_adapter(
         for name in file.keys():
             layer, _, which = name.split(".", 1)[1].rpartition(".lora_")
             shape = file.get_slice(name).get_shape()
-            side = "in_features" if which.startswith("A") else "out_features"
-            its = getattr(layers.get(layer), side, None)
-            if layer not in layers or its is not None and its != shape[which.startswith("A")]:
+            known, place = layers.get(layer), which.startswith("A")
+            side = "in" if place else "out"
+            its = getattr(known, f"{side}_features", getattr(known, f"{side}_channels", None))
+            if its != shape[place]:
                 raise ValueError(f"lora_from: the adapter in {config.lora_from!r} is of another "
                                  f"model: its {layer} does not fit this {part}.")
 

@@ -126,8 +126,8 @@ def check_run(
     check_shared(config)
     check_divided(config, network)
     name = policy.family.network
-    if config.lora_rank: check_lora(network, config.lora_targets)
     if config.lora_from: check_adapter(config, network, name)
+    if config.lora_rank: check_lora(network, config.lora_targets)
     if not (config.lora_rank or adapters_of(network)
             or network.dtype in (torch.float32, torch.float64)):
         raise ValueError(f"the {name} is in {str(network.dtype).removeprefix('torch.')}, in which "
@@ -333,8 +333,10 @@ class Trainer:
             state.scaler.unscale_(state.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(state.weights, self.config.max_grad_norm).item()
             overflow = math.isfinite(measured["loss"]) and not math.isfinite(norm)
-            if not overflow or state.scaler.get_scale() <= 1: return measured, norm
+            scale = state.scaler.get_scale()
+            if not overflow or scale <= 1: return measured, norm
             state.scaler.update()
+            if state.scaler.get_scale() == scale: return measured, norm  # each number was finite
 
     def measure(self, trial: Callable[[int], None], most: int) -> None:
         "Find `micro_batch_size` by trials, up to `most` times a batch, where it is not given."

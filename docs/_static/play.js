@@ -166,9 +166,10 @@ function noise() {
     at("eta-says").textContent = eta().toFixed(2);
     show(at("step-picture"), "play_steps.webp", step, count + 1, etas.indexOf(eta()), etas.length,
          `a tiger after ${step} of ${count} steps, eta ${eta()}`);
+    const share = `${(100 * noise[step] ** 2).toFixed(1)}% of the latent's variance is noise`;
     at("noise-text").textContent =
-      `After ${step} steps ${(100 * noise[step] ** 2).toFixed(1)}% of the latent's variance is `
-      + "noise. " + (step === count ? "This is the picture."
+      (step ? `After ${step} steps ${share}. `
+       : `The latent is drawn as pure noise; for the model, ${share}. `) + (step === count ? "This is the picture."
         : `The next step, at timestep ${timesteps[step]}, adds noise of standard deviation `
           + `${(std[step] * eta()).toFixed(3)}.`);
     made.setData(lines());
