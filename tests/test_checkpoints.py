@@ -464,7 +464,7 @@ def test_sigterm_leaves_a_checkpoint(twins, tmp_path):
     assert run.until((folder / "metrics.csv").exists)
     assert run.end(signal.SIGTERM).returncode == 143
     checkpoint, note = newest_intact(folder / "checkpoints"), folder / "UNFINISHED.txt"
-    assert "Stopped: SIGTERM" in note.read_text()
+    assert "ended by SIGTERM." in note.read_text()
     relative = checkpoint.relative_to(tmp_path)
     assert f"{relative}/lora is what was trained" in note.read_text()
     opened(twins["sd2"]).load_lora_weights(checkpoint / "lora")

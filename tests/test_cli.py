@@ -336,7 +336,7 @@ def test_what_is_written_down_is_what_ran(twins):
         assert "did not finish" in note and "RuntimeError: the scorer has run out of ink" in note
         left = {path.name for path in folder.iterdir()}
         assert left == {".lock", "UNFINISHED.txt", "config.yaml", "versions.yaml", "before.png",
-                        "progress.gif", "progress.png"}
+                        "progress.gif", "progress.png", "report.html"}
         config = make_config("emoji", **SMALL, eval_rewards=None)
         with pytest.raises(ValueError, match="not empty"):
             run_training(config, pipe, a_fox, ThirdTime(), folder)
@@ -732,13 +732,13 @@ def test_ctrl_c_ends_in_one_sentence(flags, tmp_path):
     checkpoint, = (folder / "checkpoints").iterdir()
     assert last_line(ended) == (
         "ddpo_train: stopped by Ctrl-C. runs/long keeps before.png, checkpoints, config.yaml, "
-        "metrics.csv, progress.gif, progress.png, reward_curve.png, versions.yaml. "
+        "metrics.csv, progress.gif, progress.png, report.html, reward_curve.png, versions.yaml. "
         f"runs/long/checkpoints/{checkpoint.name}/pipeline is what was trained, for diffusers. "
         "To go on: ddpo_train --resume runs/long")
     assert {path.name for path in folder.iterdir()} == {
         ".lock", "UNFINISHED.txt", "before.png", "checkpoints", "config.yaml", "metrics.csv",
-        "progress.gif", "progress.png", "reward_curve.png", "versions.yaml"}
-    assert "Stopped: SIGINT" in (folder / "UNFINISHED.txt").read_text()
+        "progress.gif", "progress.png", "report.html", "reward_curve.png", "versions.yaml"}
+    assert "ended by Ctrl-C." in (folder / "UNFINISHED.txt").read_text()
     StableDiffusionPipeline.from_pretrained(checkpoint / "pipeline")
 
 

@@ -25,7 +25,7 @@ from ddpo_scratch.command.plan import (
 from ddpo_scratch.models.families import frozen_parts, network_of, text_encoders
 from ddpo_scratch.pipelines import load_pipeline
 from ddpo_scratch.rewards import AESTHETIC_CLIP, MLP, JPEGCompressibility
-from ddpo_scratch.trainer.lora import add_lora
+from ddpo_scratch.trainer.lora import add_lora, save_lora
 from ddpo_scratch.trainer.precision import DTYPES
 from ddpo_scratch.trainer.presets import make_config
 from ddpo_scratch.workshop.twins import TWINS
@@ -48,7 +48,7 @@ def measured_peak(config):
     return weights + peak
 
 
-def test_a_plan_refuses_what_a_run_refuses():
+def test_a_plan_refuses_what_a_run_refuses(tmp_path):
     "From the configuration alone: sizes and precision that a model does not have."
     for preset, changes, says in (
             ("sana", dict(mixed_precision="fp16"), "leaves fp16's range"),
@@ -58,6 +58,13 @@ def test_a_plan_refuses_what_a_run_refuses():
             ("sd35", dict(eval_img_size=6400), "eval_img_size is 6400; this model draws at most"),
             ("blog", dict(img_size=64), "img_size 64 is less than a quarter of the 512 pixels")):
         with pytest.raises(ValueError, match=says): make_plan(make_config(preset, **changes))
+    pipe = embedded()
+    add_lora(pipe.unet, 2)
+    save_lora(pipe, tmp_path)
+    for preset in ("blog", "sana"):
+        with pytest.raises(ValueError, match="lora_from: .* is an? adapter of|is of another model"):
+            make_plan(make_config(preset, lora_from=str(tmp_path)))
+    make_plan(make_config("emoji", lora_from=str(tmp_path)))
     assert [in_millions(count) for count in (49_999, 51_000, 2 * 10**9)] == [
         "49,999", "0.1 million", "2000.0 million"]
 

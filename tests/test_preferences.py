@@ -360,7 +360,7 @@ def test_names_of_folders_on_the_command_line():
         assert config.beta >= 100 and config.samples_per_prompt >= 2
         assert make_config(preset, algorithm="dpo", preferences=Path("x")).preferences == "x"
     with pytest.raises(ValueError, match="preferences means nothing to algorithm 'ddpo', only to "
-                                         "dpo: set algorithm, too"): parse(["--preferences=x"])
+                                         "dpo: change algorithm, or"): parse(["--preferences=x"])
     with pytest.raises(ValueError, match="take a multiple of 2[.]"):
         parse(["--algorithm=dpo", "--preferences=x", "--num_samples_per_epoch=7"])
     assert parse(["--algorithm=dpo", "--samples_per_prompt=64"]).config.samples_per_prompt == 64

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpo_scratch.command.report import SIDE, changed_settings, thumbnails, to_go
+from ddpo_scratch.command.figures import SIDE, thumbnails
+from ddpo_scratch.command.report import changed_settings, from_here, patience, to_go
 from ddpo_scratch.command.run import run_training
 from ddpo_scratch.trainer.checkpoints import Stopped
 from ddpo_scratch.trainer.policy import Ruined
@@ -103,7 +104,7 @@ def test_the_page_says_how_far_the_run_is(tmp_path):
     assert "Epoch 1 of 2, " in seen[0].says("p") and "to go" in seen[0].says("p")
     stopped = Page((tmp_path / "report.html").read_text("utf-8"))
     assert "Stopped." in stopped.says("strong") and "script" not in stopped.texts
-    assert "Stopped by Ctrl-C. " in stopped.says("p")
+    assert "Ended by Ctrl-C. " in stopped.says("p")
     assert f"To go on: ddpo_train --resume {tmp_path}" in stopped.says("p")
     assert [image["alt"].rpartition(", ")[2] for image in stopped.images[:3]] == [
         "before training"] * 3
@@ -138,6 +139,15 @@ def test_the_time_to_go():
     assert to_go(24, clock) == ", 30.0 s each: about 6.0 min to go"
     assert to_go(24, clock[:2]) == ", 530.0 s each: about 3.4 h to go"
     assert to_go(24, clock[:1]) == "" == to_go(12, clock)
+    assert patience(clock[:1]) == 24 * 60 and patience(clock) == 10 + 5 * 530 / 60
+
+
+def test_paths_in_code(monkeypatch, tmp_path):
+    "Relative to where the command was started, where that can be; names of the hub as they are."
+    monkeypatch.chdir(tmp_path)
+    assert from_here(tmp_path / "runs" / "a" / "lora") == from_here("runs/a/lora") == "runs/a/lora"
+    assert from_here("owner/name") == "owner/name" and from_here("emoji") == "emoji"
+    assert from_here(tmp_path.parent / "other") == (tmp_path.parent / "other").as_posix()
 
 
 def test_a_page_about_preferences(tmp_path):
@@ -163,7 +173,7 @@ def test_a_page_says_why_a_run_ended(tmp_path):
     page = run(tmp_path / "patient", lambda images, prompts: np.zeros(len(images)), num_epochs=5,
                eval_every=1, patience=1)
     assert "Finished." in page.says("strong") and "Epoch 1 of 5" in page.says("p")
-    assert "because 1 evaluations were no better (--patience)." in page.says("p")
+    assert "because 1 evaluation was no better (--patience)." in page.says("p")
     with pytest.raises(Ruined): run(tmp_path / "mad", lr=1e6)
     page = Page((tmp_path / "mad" / "report.html").read_text("utf-8"))
     assert "Stopped." in page.says("strong") and "Ruined: " in page.says("p")

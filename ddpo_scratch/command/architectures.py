@@ -14,7 +14,7 @@ from ddpo_scratch.models.families import FAMILIES, family_in, set_checkpointing
 from ddpo_scratch.models.stable_diffusion import StableDiffusion
 from ddpo_scratch.pipelines import EMBEDDED, pipeline_source
 from ddpo_scratch.trainer.config import TrainerConfig
-from ddpo_scratch.trainer.lora import AdapterOff, add_lora
+from ddpo_scratch.trainer.lora import AdapterOff, add_lora, check_adapter
 from ddpo_scratch.trainer.policy import check_model_takes
 from ddpo_scratch.trainer.precision import frozen_type
 from ddpo_scratch.trainer.presets import PRESETS
@@ -125,10 +125,13 @@ def check_model(
     config: TrainerConfig,
     made: Made,
 ) -> None:
-    "`ValueError` for sizes or a precision that the model does not have; loads nothing."
+    "`ValueError` for sizes, a precision or an adapter that do not fit the model; loads nothing."
     with torch.device("meta"): vae = made.family.vae_class.from_config(made.vae)
     factor = made.family.factor(vae) * made.family.merges
     check_model_takes(made.family, factor, made.network, config.named_sizes, config.mixed_precision)
+    if config.lora_from:
+        with torch.device("meta"): network = made.family.network_class.from_config(made.network)
+        check_adapter(config, network, made.family.network)
 
 
 class FourBits(torch.nn.Linear):

@@ -82,6 +82,7 @@ def loading_code(
     pipe: DiffusionPipeline,
     lora: bool,          # whether an adapter was trained
     here: str,           # the folder of what was trained
+    base: str,           # under an adapter: the folder or hub id of the pipeline
     example: str,        # a prompt
 ) -> str:
     "Code that loads what was trained and draws an image as in training."
@@ -89,7 +90,6 @@ def loading_code(
     name, is_embedded, away = (
         family.pipeline.__name__, config.pipeline in EMBEDDED, config.negative_prompt)
     if away is None and config.cfg > 1: away = family.empty
-    base = "path/to/" * Path(config.pipeline).is_absolute() + without_folders(config.pipeline)
     parts = "".join(f", {part}=None" for part in ("text_encoder_3", "tokenizer_3")
                     if getattr(pipe, part, "") is None)  # diffusers has to be told
     in_16_bits = lora and config.mixed_precision != "no"
@@ -128,7 +128,8 @@ def model_card(
 ) -> str:
     "The model card: what was trained and how, and code that loads the model and samples."
     flow, name = is_flow(pipe.scheduler), family_of(pipe).pipeline.__name__
-    code = loading_code(config, pipe, lora, "path/to/this/folder", run["prompts"][0])
+    base = "path/to/" * Path(config.pipeline).is_absolute() + without_folders(config.pipeline)
+    code = loading_code(config, pipe, lora, "path/to/this/folder", base, run["prompts"][0])
     is_hub = HUB_NAME.fullmatch(config.pipeline)
     config = for_others(config)
     usual, theirs = not config.mixed_sampling, "the code below adds noise in all steps"

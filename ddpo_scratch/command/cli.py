@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -132,6 +133,7 @@ def main() -> None:
     "The command `ddpo_train`."
     def leave(number, frame): raise Stopped(signal.Signals(number).name)
     signal.signal(signal.SIGTERM, leave)
+    warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
     folder = None
     try:
         what = prepare(sys.argv[1:], Path("runs"))

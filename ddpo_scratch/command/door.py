@@ -2,6 +2,7 @@
 
 
 # %% ../../nbs/practice/13_command.ipynb 37
+import logging
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ def main() -> None:
     usual = signal.getsignal(signal.SIGINT)
     if usual is signal.default_int_handler:  # not if the shell set it to be ignored
         signal.signal(signal.SIGINT, leave)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel("ERROR")  # it misses `kernels`
     if {"-h", "--help"} & {*sys.argv}:
         from ddpo_scratch.command.flags import parse
         parse(sys.argv[1:])  # prints and exits

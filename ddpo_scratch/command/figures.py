@@ -5,6 +5,7 @@
 "Reward curve, image grids and animation of a run, as figures and as files."
 import csv
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,11 @@ def png_bytes(
     dpi: int = 120,
     cropped: bool = True,  # crop to the content; False: keep the figure's size
 ) -> bytes:
-    "A matplotlib figure as a PNG file."
+    "A matplotlib figure as a PNG file. A sign of a prompt that the font lacks is an empty box."
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight" if cropped else None)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")
+        figure.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight" if cropped else None)
     return buffer.getvalue()
 
 # %% ../../nbs/practice/13_command.ipynb 7
@@ -113,6 +116,19 @@ def gif_bytes(
     frames[0].save(buffer, format="GIF", save_all=True, append_images=frames[1:], loop=0,
                    duration=[500] * (len(frames) - 1) + [2000])
     return buffer.getvalue()
+
+
+PAIRS, SIDE = 16, 192  # of a report: how many images, and the longer side of each, pixels
+
+
+def thumbnails(
+    images: np.ndarray,  # uint8, [N, H, W, 3]
+) -> torch.Tensor:       # the first of them, at most 16, uint8, [·, h, w, 3]
+    "Smaller images, for a report."
+    share = min(1.0, SIDE / max(images.shape[1:3]))
+    size = [max(1, round(share * side)) for side in (images.shape[2], images.shape[1])]
+    return torch.stack([torch.from_numpy(np.array(Image.fromarray(image).resize(size)))
+                        for image in images[:PAIRS]])
 
 
 def save_pictures(

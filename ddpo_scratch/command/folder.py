@@ -265,8 +265,8 @@ def unfinished_until_the_end(
         yield
     except BaseException as error:
         with suppress(OSError):
-            reason = f"{type(error).__name__}: {error}".removesuffix(": ")
-            write_file(note, f"This run did not finish. It ended with {reason}\n{newest(folder)}\n")
+            write_file(note, f"This run did not finish. It was ended by {reason_of(error)}\n"
+                             f"{newest(folder)}\n")
         raise
     else:
         note.unlink(missing_ok=True)
@@ -283,6 +283,13 @@ def command_to_resume(
     start = "ddpo_train" if count == 1 else f"torchrun --nproc_per_node {here} -m ddpo_scratch"
     if here != str(count): start = start.replace(" --", " [machines as before] --", 1)
     return f"{start} --resume {shlex.quote(str(folder))}"
+
+
+def reason_of(error: BaseException) -> str:
+    "What ended a run, as a sentence without its beginning."
+    if isinstance(error, KeyboardInterrupt):  # `Stopped`, too
+        return as_sentence(str(error or "SIGINT").replace("SIGINT", "Ctrl-C"))
+    return as_sentence(f"{type(error).__name__}: {error}".removesuffix(": "))
 
 
 def as_sentence(text: str) -> str:

@@ -15,36 +15,22 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from .architectures import preset_for
 from .card import for_others, without_folders
-from .figures import reward_curve
-from .folder import as_sentence, as_yaml, newest
+from .figures import PAIRS, reward_curve
+from .folder import as_yaml, newest, reason_of
 from .plan import duration
 from .watch import Watch
 from ..trainer.algorithms import ALGORITHMS
-from ..trainer.checkpoints import Stopped, write_file
+from ..trainer.checkpoints import write_file
 from ..trainer.config import TrainerConfig
 from ..trainer.presets import make_config
 from ..trainer.processes import processes
 
 # %% ../../nbs/practice/37_report.ipynb 5
-PAIRS, SIDE = 16, 192  # how many prompts are shown, and the longer side of their images, pixels
-
-
-def thumbnails(
-    images: np.ndarray,  # uint8, [N, H, W, 3]
-) -> torch.Tensor:       # the first of them, at most 16, uint8, [·, h, w, 3]
-    "Smaller images, for the page."
-    share = min(1.0, SIDE / max(images.shape[1:3]))
-    size = [max(1, round(share * side)) for side in (images.shape[2], images.shape[1])]
-    return torch.stack([torch.from_numpy(np.array(Image.fromarray(image).resize(size)))
-                        for image in images[:PAIRS]])
-
-
 def as_address(content: bytes, kind: str) -> str:  # kind: png, webp, svg+xml
     "A picture as an address that holds it."
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
@@ -56,6 +42,13 @@ def picture(
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "WEBP", quality=85)
     return as_address(buffer.getvalue(), "webp")
+
+
+def from_here(place: Path | str) -> str:
+    "A path as code has it: relative to this folder if it is in it. A hub id stays as it is."
+    path = Path(place)
+    inside = path.is_absolute() and path.is_relative_to(Path.cwd())
+    return (path.relative_to(Path.cwd()) if inside else path).as_posix()
 
 
 def drawing(figure: Figure) -> str:
@@ -93,6 +86,8 @@ progress { width: 100%; height: 1rem; } img { max-width: 100%; height: auto; }
 .pairs li { border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
 .pairs div { display: flex; gap: .25rem; } .pairs img { width: 50%; image-rendering: auto; }
 .pairs p { margin: .25rem 0 0; font-size: .85rem; overflow-wrap: anywhere; }
+.prompt { display: -webkit-box; -webkit-line-clamp: 4; -webkit-box-orient: vertical;
+          overflow: hidden; }
 .better { color: var(--good); font-weight: 600; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; }
 th, td { border-bottom: 1px solid var(--line); padding: .2rem .8rem .2rem 0; text-align: left;
@@ -124,16 +119,17 @@ PAGE = """<!doctype html>
 Epoch {{ epoch }} of {{ epochs }}{{ left }}. Written {{ now }}.</p>
 {% if state == "running" %}<p><label><input type="checkbox" id="reload" checked>
 load this page again every 15 seconds</label> <span id="old" role="status"></span></p>{% endif %}
-<progress max="{{ epochs }}" value="{{ epochs if state == "finished" else epoch }}"
-aria-label="the part of the run that is done"></progress>
+<progress max="{{ epochs }}" value="{{ epoch }}" aria-label="epochs done"></progress>
 {% if reason %}<p>{{ reason }}</p>{% endif %}
 {% if verdict %}<h2>Result</h2><ul>{% for line in verdict %}<li>{{ line }}</li>{% endfor %}</ul>
 {% endif %}
 {% if pairs %}<h2>{{ heading }}</h2>
-<p>The same prompts and the same noise. Below each pair the rewards of its images.</p>
+<p>The same prompts and the same noise. Below each pair the rewards of its images{{ units }}.</p>
 <ul class="pairs">{% for pair in pairs %}<li><div>
-{% for image, when in pair.images %}<img src="{{ image }}" alt="{{ pair.prompt }}, {{ when }}">
-{% endfor %}</div><p>{{ pair.prompt }}<br>{{ pair.before }}{% if pair.after %} →
+{% for image, when in pair.images %}
+<img src="{{ image }}" alt="{{ pair.prompt | truncate(120) }}, {{ when }}">
+{% endfor %}</div><p><span class="prompt" title="{{ pair.prompt }}">{{ pair.prompt }}</span>
+{{ pair.before }}{% if pair.after %} →
 <span{% if pair.better %} class="better"{% endif %}>{{ pair.after }}</span>{% endif %}</p></li>
 {% endfor %}</ul>{% endif %}
 {% if curve %}<h2>Curves</h2>
@@ -176,7 +172,7 @@ def curve(
         history = [row | {"reward_mean": row["implicit_accuracy"], "reward_std": 0.0}
                    for row in history]
     first, last = history[0], history[-1]
-    more = "" if config.preferences else ", and the standard deviation of its images"
+    more = "" if config.preferences else "'s own images, and their standard deviation"
     others = {*last} - {"reward_mean", "reward_std"}
     if any(other.startswith(("reward_", "eval_")) for other in others):
         more += "; below, the means of the other scores"
@@ -196,6 +192,14 @@ def to_go(
     return f", {seconds:.1f} s each: about {duration(seconds * (epochs - done)).strip()} to go"
 
 # %% ../../nbs/practice/37_report.ipynb 13
+def patience(
+    clock: list[tuple[int, float]],  # as for `to_go`
+) -> float:  # minutes
+    "After how long without an epoch the page says that the run may have been killed."
+    gaps = [now - start for (_, start), (_, now) in zip(clock, clock[1:])]
+    return 10 + 5 * max(gaps) / 60 if gaps else 24 * 60.0
+
+
 class Report:
     "A run's page. It is written by the first process, at once and whenever `write` is called."
 
@@ -217,24 +221,21 @@ class Report:
         return self
 
     def __exit__(self, kind, error, trace):
-        early, waited = len(self.history) < self.config.num_epochs, self.watch.waited
+        early = len(self.history) < self.config.num_epochs
         if kind is None:
-            self.write("finished", f"It ended early, because {waited} evaluations were no better "
+            self.write("finished", f"It ended early, because {self.watch.waiting} no better "
                                    "(--patience)." if early else "")
         elif processes().is_main_process:
-            by = "Ctrl-C" if str(error) == "SIGINT" else str(error)
-            reason = f"Stopped by {by}" if kind is Stopped else f"{kind.__name__}: {error}"
             with suppress(OSError):  # the error itself is what has to be seen
-                self.write("stopped", f"{as_sentence(reason)} {newest(self.folder)}")
+                self.write("stopped", f"Ended by {reason_of(error)} {newest(self.folder)}")
 
     def write(self, state: str = "running", reason: str = "") -> None:
         if not processes().is_main_process: return
         config, history, strip = self.config, self.history, self.folder / "progress.png"
         self.clock.append((len(history), time.monotonic()))
         figure, is_of, says = curve(config, history) if history else (None, "", "")
-        pace = history[-1]["seconds"] if history else 0.0
         script = SCRIPT.replace("WRITTEN", str(time.time())).replace(
-            "PATIENCE", str(10 + pace / 60 * 5))
+            "PATIENCE", str(patience(self.clock)))
         write_file(self.folder / "report.html", self.page.render(
             self.images(), state=state, reason=reason, style=STYLE, scores=self.scores(),
             title=f"{without_folders(config.pipeline)}, trained on "
@@ -249,19 +250,21 @@ class Report:
 
     def images(self) -> dict:
         "The pairs of images, and their heading."
-        epoch, images, scores = self.watch.newest
         before, rewards = self.run.get("pictures"), self.run["before"]["reward"].tolist()
         if before is None: return {}  # a run that an older version began
-        when, after = f"after epoch {epoch}", None if images is None else thumbnails(images)
+        latest, is_sum = self.run.get("latest"), "," in self.config.reward
+        units = (", a sum whose parts are counted from their means over the untrained model's "
+                 "images, in their standard deviations") * (is_sum and self.config.scale_rewards)
         pairs = [{"prompt": prompt, "before": f"{rewards[i]:.3f}",
                   "images": [(picture(before[i].numpy()), "before training")]}
                  for i, prompt in enumerate(self.run["prompts"][:PAIRS])]
-        if images is None: return {"pairs": pairs, "heading": "Before training"}
+        if not latest: return {"pairs": pairs, "heading": "Before training", "units": units}
+        when = f"after epoch {latest['epoch']}"
         for i, pair in enumerate(pairs):
-            now = scores["reward"][i].item()
+            now = latest["rewards"][i].item()
             pair.update(after=f"{now:.3f}", better=now > rewards[i])
-            pair["images"].append((picture(after[i].numpy()), when))
-        return {"pairs": pairs, "heading": f"Before training and {when}"}
+            pair["images"].append((picture(latest["pictures"][i].numpy()), when))
+        return {"pairs": pairs, "heading": f"Before training and {when}", "units": units}
 
     def scores(self) -> list[dict]:
         "A row of the means of each evaluation."

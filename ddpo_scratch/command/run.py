@@ -22,6 +22,7 @@ from ddpo_scratch.command.figures import (
     progress_strip,
     save_pictures,
     strip_frame,
+    thumbnails,
 )
 from ddpo_scratch.command.flags import read_config
 from ddpo_scratch.command.folder import (
@@ -37,7 +38,7 @@ from ddpo_scratch.command.folder import (
     with_notes,
 )
 from ddpo_scratch.command.log import Log
-from ddpo_scratch.command.report import Report, curve, thumbnails
+from ddpo_scratch.command.report import Report, curve, from_here
 from ddpo_scratch.command.watch import Watch, column_of
 from ddpo_scratch.models.families import family_of, network_of, text_encoders
 from ddpo_scratch.scorers.names import all_informed, ask, make_eval_rewards
@@ -57,7 +58,7 @@ from ddpo_scratch.trainer.draft import DRaFTTrainer
 from ddpo_scratch.trainer.evaluation import all_scores, evaluate, fresh_prompts, no_reward, verdict
 from ddpo_scratch.trainer.forward import AWMTrainer, NFTTrainer
 from ddpo_scratch.trainer.lora import adapters_of
-from ddpo_scratch.trainer.policy import Ruined
+from ddpo_scratch.trainer.policy import Ruined, quiet_loggers
 from ddpo_scratch.trainer.precision import arithmetic, in_its_own_type, on_the_cpu
 from ddpo_scratch.trainer.preferences import DPOTrainer
 from ddpo_scratch.trainer.presets import all_facts, make_eval_prompt_fn
@@ -121,7 +122,7 @@ def plain_reward(
     if "negative_prompt" in inspect.signature(pipe.__call__).parameters:
         calling["negative_prompt"] = None  # its embeddings are given
     pipe.set_progress_bar_config(disable=True)
-    with torch.no_grad():
+    with torch.no_grad(), quiet_loggers(type(pipe).encode_prompt.__module__):
         words = [{name: x.cpu() for name, x in family.embeddings(
             pipe, [prompts[i] for i in batch.tolist() or [0]], family.guides).items()}
             for batch in batches]
@@ -270,7 +271,7 @@ def run_training(
                     config, pipe, prompt_fn, reward_fn, eval_rewards, state)
                 done = len(state.history)  # its evaluation may be missing, or have been the last
                 if done and not state.rollout.updates and watch.after(done, state):
-                    print_once(f"{watch.waited} evaluations were no better: a larger --patience, "
+                    print_once(f"{watch.waiting} no better: a larger --patience, "
                                "or 0, goes on")
                     if state.average: state.average.copy_to(state.weights)
                 else:
@@ -280,13 +281,15 @@ def run_training(
                 raise
             except Ruined:
                 raise
-            except Exception:  # such as a reward's server that is gone, a full GPU
+            except Exception as cause:  # such as a reward's server that is gone, a full GPU
                 begun = state.history or state.rollout.samples or state.rollout.updates
                 if state.is_whole and begun:
                     try: save(config.checkpoints_total_limit + 1)
                     except Exception as error:
                         print_once(f"no checkpoint could be written: {type(error).__name__}: "
                                    f"{error}")
+                if "Connection closed by peer" in str(cause):  # gloo's words
+                    raise ConnectionError("another process has ended, and printed why") from cause
                 raise
         line = evaluate_after(config, pipe, reward_fn, folder, run, watch, len(state.history))
         has_adapter = bool(adapters_of(network_of(pipe)))
@@ -295,8 +298,9 @@ def run_training(
             "README.md": card.encode(),
             "reward_curve.png": png_bytes(curve(config, state.history)[0])})
         remove_old(folder / "checkpoints", 1)
-        saved = (folder / ("lora" if has_adapter else "pipeline")).as_posix()
-        report.code = loading_code(config, pipe, has_adapter, saved, run["prompts"][0])
+        saved = folder / ("lora" if has_adapter else "pipeline")
+        report.code = loading_code(config, pipe, has_adapter, *map(
+            from_here, (saved, config.pipeline)), run["prompts"][0])
     if not has_adapter:
         pipe.register_to_config(_name_or_path=str(folder / "pipeline"))  # its source from now on
     print_once(f"curve, pictures and what was trained are in {folder}")

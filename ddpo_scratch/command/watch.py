@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from ddpo_scratch.command.figures import csv_text, save_pictures
+from ddpo_scratch.command.figures import PAIRS, csv_text, save_pictures, thumbnails
 from ddpo_scratch.trainer.checkpoints import in_place, save_trained, write_file
 from ddpo_scratch.trainer.config import TrainerConfig
 from ddpo_scratch.trainer.evaluation import all_scores
@@ -46,7 +46,7 @@ class Watch:
         run: dict,     # from `evaluate_before`; its "evaluations" are those so far
     ):
         self.config, self.pipe, self.folder, self.prompts = config, pipe, folder, run["prompts"]
-        self.column = column_of(config.best_by, eval_rewards)
+        self.run, self.column = run, column_of(config.best_by, eval_rewards)
         self.scored = partial(all_scores, config, pipe, self.prompts, reward_fn, eval_rewards)
         self.rows, self.newest = run.setdefault("evaluations", []), (0, None, None)
         if not self.rows: self.rows.append(self.means(0, run["before"]))
@@ -68,7 +68,7 @@ class Watch:
         is_new = self.rows[-1]["epoch"] < epoch
         if is_new: self.look(epoch, state)
         ends = 0 < config.patience <= self.waited
-        if ends and is_new: print_once(f"ends here: {self.waited} evaluations were no better")
+        if ends and is_new: print_once(f"ends here: {self.waiting} no better")
         return ends
 
     @property
@@ -76,10 +76,21 @@ class Watch:
         "How many evaluations there have been since the best."
         return len(self.rows) - 1 - self.rows.index(self.best)
 
+    def evaluate(self, epoch: int) -> None:
+        "The weights as they are. The run keeps small images for its report, also when resumed."
+        images, scores = self.scored()
+        self.newest = epoch, images, scores
+        self.run["latest"] = {"epoch": epoch, "pictures": thumbnails(images),
+                              "rewards": scores["reward"][:PAIRS]}
+
+    @property
+    def waiting(self) -> str:
+        return f"{self.waited} evaluations were" if self.waited != 1 else "1 evaluation was"
+
     def look(self, epoch: int, state: TrainingState) -> None:
         "Evaluate, and keep the weights if they are the best so far."
         with in_place(state.average, state.weights):
-            self.newest = epoch, *self.scored()
+            self.evaluate(epoch)
             row = self.means(epoch, self.newest[2])
             if row[self.column] > self.best[self.column]: self.keep(row)
         self.rows.append(row)
@@ -110,7 +121,7 @@ class Watch:
 
     def last(self, epoch: int) -> tuple[np.ndarray, dict[str, torch.Tensor]]:
         "Images and scores after the last epoch, which may have been evaluated already."
-        if self.newest[0] != epoch: self.newest = epoch, *self.scored()
+        if self.newest[0] != epoch: self.evaluate(epoch)
         return self.newest[1:]
 
     def summary(self) -> str:

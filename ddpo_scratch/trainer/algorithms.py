@@ -27,7 +27,7 @@ def check_algorithm(
         if c.algorithm not in algorithms and getattr(c, name) != default:
             raise ValueError(
                 f"{name} means nothing to algorithm {c.algorithm!r}, only to "
-                f"{', '.join(algorithms)}: choose one of these, or leave {name} at {default!r}; it "
+                f"{', '.join(algorithms)}: change algorithm, or leave {name} at {default!r}; it "
                 f"is {getattr(c, name)!r}.")
     if c.eta == 0 and c.algorithm == "ddpo":
         raise ValueError("eta must be above 0: without noise a step is deterministic, and DDPO has "

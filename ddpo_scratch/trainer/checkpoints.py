@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from ..models.families import family_of, network_of
 from .lora import LORA_FILE, adapters_of, save_lora, set_lora
-from .processes import gathered, processes
+from .processes import gathered, print_once, processes
 
 # %% ../../nbs/practice/25_checkpoints.ipynb 5
 def put_away(
@@ -320,7 +320,7 @@ def stop_after_a_batch():
     def take_note(number, frame):
         asked.append(signal.Signals(number).name)
         signal.signal(number, before[number] or signal.SIG_DFL)  # a second signal acts at once
-        print(f"{asked[0]}: stopping after this batch", flush=True)
+        print_once(f"{asked[0]}: stopping after this batch")
     def on_batch():
         if names := gathered(asked): raise Stopped(names[0])
 

@@ -339,7 +339,7 @@ def check_together(
     c = config
     if c.lora_from and not c.lora_rank:
         raise ValueError("lora_from goes on with an adapter, and lora_rank is 0, which means none: "
-                         "leave lora_rank out (make_config reads it from the adapter).")
+                         "leave lora_rank out; it is read from the adapter.")
     if not c.lora_rank and (c.lora_alpha, c.lora_targets) != (None, LORA_TARGETS):
         raise ValueError("lora_alpha and lora_targets mean nothing without lora_rank: set that, or "
                          "leave them out.")
