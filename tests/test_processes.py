@@ -295,36 +295,29 @@ def torchrun(folder, *flags):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
-def test_ctrl_c_of_pytorchs_own_launcher(twins, tmp_path):
-    "One last sentence, from the first process, with the command that goes on; it does."
-    flags = as_flags(FEW | dict(pipeline=twins["sd2"], num_epochs=10, save_every=1))
-    run = subprocess.Popen([*LAUNCHER, *flags, "--name", "mine"], cwd=tmp_path, text=True,
+def test_pytorchs_own_launcher(twins, tmp_path):
+    """Divided weights, Ctrl-C: one last sentence, from the first process, with the command that
+    goes on; it does, in one folder, and a single process adds an epoch."""
+    flags = as_flags(FEW | dict(
+        pipeline=twins["sd2"], lora_rank=2, num_samples_per_epoch=8, batch_size=4, num_epochs=6,
+        micro_batch_size=4, save_every=1, eval_every=3))
+    run = subprocess.Popen([*LAUNCHER, *flags, "--shard_weights"], cwd=tmp_path, text=True,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in run.stdout:
         if line.startswith("epoch   2"): break
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=120)
     last, = (line for line in said.splitlines() if line.startswith("ddpo_train"))
-    assert re.search(r"by (Ctrl-C|SIGTERM, which .* after Ctrl-C)\. runs/mine keeps ", last), last
-    assert last.endswith("To go on: torchrun --nproc_per_node 2 -m ddpo_scratch --resume runs/mine")
-    assert "epoch  10" in torchrun(tmp_path, "--resume", "runs/mine")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("more", (dict(), dict(
-    lora_rank=2, num_samples_per_epoch=8, batch_size=4, micro_batch_size=4, save_every=1,
-    eval_every=1)))
-def test_pytorchs_own_launcher(more, twins, tmp_path):
-    "A whole run and one folder; with divided weights, and more epochs by a single process."
-    said = torchrun(tmp_path, *as_flags(FEW | dict(pipeline=twins["sd2"]) | more),
-                    *["--shard_weights"] * bool(more))
-    assert said.count("epoch   2") == 1 and said.count("fresh images") == 1
+    assert re.search(r"by (Ctrl-C|SIGTERM, which .* after Ctrl-C)\. runs/sd2-animal-1 ", last), last
+    command = "torchrun --nproc_per_node 2 -m ddpo_scratch --resume runs/sd2-animal-1"
+    assert last.endswith(f"To go on: {command}")
+    said = torchrun(tmp_path, *command.split()[-2:])
+    assert said.count("epoch   6") == 1 and said.count("fresh images") == 1
     folder, = (tmp_path / "runs").iterdir()
     assert folder.name == "sd2-animal-1" and not (folder / "UNFINISHED.txt").exists()
-    if more:
-        done = ddpo_train(tmp_path, f"--resume={folder}", "--num_epochs=3", "--no-shard_weights")
-        assert done.returncode == 0, done.stderr
-        assert (folder / "metrics.csv").read_text().count("\n") == 4
+    done = ddpo_train(tmp_path, f"--resume={folder}", "--num_epochs=7", "--no-shard_weights")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "metrics.csv").read_text().count("\n") == 8
 
 
 def test_what_divided_weights_ask_for():
