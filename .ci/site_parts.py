@@ -7,6 +7,17 @@ import tarfile
 from pathlib import Path
 from urllib.request import urlopen
 
+from diffusers import DDIMScheduler
+
+from ddpo_scratch.pipelines import ddim_scheduler, pipeline_source
+from ddpo_scratch.sampling import ddim_schedule
+
+
+def noise_levels(eta):
+    "The schedule of the embedded model's 20 steps."
+    scheduler = DDIMScheduler.from_pretrained(pipeline_source("emoji"), subfolder="scheduler")
+    return ddim_schedule(ddim_scheduler(scheduler.config), 20, eta)
+
 
 def from_npm(name, version, sha256):
     "The files of a package of the npm registry, which is kept in the user's cache."

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from ddpo_scratch.command.figures import SIDE, thumbnails
-from ddpo_scratch.command.report import changed_settings, from_here, patience, to_go
+from ddpo_scratch.command.folder import reason_of
+from ddpo_scratch.command.report import changed_settings, from_here, longest_silence, to_go
 from ddpo_scratch.command.run import run_training
 from ddpo_scratch.trainer.checkpoints import Stopped
 from ddpo_scratch.trainer.policy import Ruined
@@ -139,7 +140,15 @@ def test_the_time_to_go():
     assert to_go(24, clock) == ", 30.0 s each: about 6.0 min to go"
     assert to_go(24, clock[:2]) == ", 530.0 s each: about 3.4 h to go"
     assert to_go(24, clock[:1]) == "" == to_go(12, clock)
-    assert patience(clock[:1]) == 24 * 60 and patience(clock) == 10 + 5 * 530 / 60
+    assert longest_silence(clock[:1]) == 24 * 60 and longest_silence(clock) == 10 + 5 * 530 / 60
+
+
+def test_what_ended_a_run():
+    "A second Ctrl-C has no words of its own."
+    assert reason_of(KeyboardInterrupt()) == reason_of(Stopped("SIGINT")) == "Ctrl-C."
+    assert reason_of(Stopped("SIGTERM")) == "SIGTERM."
+    assert reason_of(MemoryError()) == "MemoryError."
+    assert reason_of(Ruined("broke. (Try less.)")) == "Ruined: broke. (Try less.)"
 
 
 def test_paths_in_code(monkeypatch, tmp_path):

@@ -120,7 +120,7 @@ def configurations(
                          f"without a download: {', '.join(EMBEDDED)}, {', '.join(SHIPPED)}."
                          ) from error
 
-
+# %% ../../nbs/practice/28_plan.ipynb 9
 def check_model(
     config: TrainerConfig,
     made: Made,
@@ -133,7 +133,7 @@ def check_model(
         with torch.device("meta"): network = made.family.network_class.from_config(made.network)
         check_adapter(config, network, made.family.network)
 
-
+# %% ../../nbs/practice/28_plan.ipynb 11
 class FourBits(torch.nn.Linear):
     "A frozen layer as bitsandbytes keeps it: four bits a weight, and a scale for each 64."
 
@@ -226,7 +226,7 @@ def move_here(
             if isinstance(old, torch.Tensor):
                 setattr(part, name, torch.empty(old.shape, dtype=old.dtype))
 
-# %% ../../nbs/practice/28_plan.ipynb 9
+# %% ../../nbs/practice/28_plan.ipynb 13
 def preset_for(
     pipeline: str,  # as for `load_pipeline`
 ) -> str:

@@ -20,7 +20,7 @@ from ..animals import animal_in
 from .architectures import check_model, configurations
 from .card import make_repo
 from .flags import parse
-from .folder import as_sentence, check_run_name, kept, run_folder
+from .folder import as_sentence, check_run_name, kept, run_folder, stopped_by
 from .plan import all_rewards, make_plan, plan_text
 from .run import TRAINERS, run_training
 from .watch import column_of
@@ -78,13 +78,14 @@ def prepare(
     prompt_fn = make_prompt_fn(config.prompts)
     asked = make_eval_prompt_fn(config, prompt_fn)
     for one in (prompt_fn, asked): check_prompts(config, one)
+    made = configurations(config.pipeline)
     if config.negative_prompt is not None:
-        check_negative_prompt(configurations(config.pipeline).family, config.negative_prompt)
+        check_negative_prompt(made.family, config.negative_prompt)
     from_the_first(lambda: check_run_name(name, runs))
     for reward in all_rewards(config): file_of(reward)
     column_of(config.best_by, reward_weights(config.eval_rewards) if config.eval_rewards else ())
     check_shared(config)
-    check_model(config, configurations(config.pipeline))
+    check_model(config, made)
     if only_plan:  # before any reward file is executed
         print_once("computing; the largest models take a minute")
         print_once(from_the_first(lambda: plan_text(config, make_plan(config))))
@@ -98,7 +99,7 @@ def prepare(
         if default_device(config.device).type == "cpu":
             raise ValueError("load_in_4bit needs a GPU: diffusers quantizes there only. Leave it "
                              "out; --plan computes its memory without one.")
-        options = loading_options(config, configurations(config.pipeline).family.network)
+        options = loading_options(config, made.family.network)
     place = "cpu" if config.shard_weights else config.device  # a share of it will be moved
     pipe = load_pipeline(config.pipeline, place, frozen_type(config), **options)
     if config.shard_weights: shard_weights(pipe, default_device(config.device))
@@ -145,15 +146,15 @@ def main() -> None:
         run_training(*what)
     except KeyboardInterrupt as error:
         stop = error if isinstance(error, Stopped) else Stopped("SIGINT")
-        what = str(stop).replace("SIGINT", "Ctrl-C")
-        if what == "SIGTERM" and "TORCHELASTIC_RUN_ID" in os.environ:
-            what += ", which torchrun also sends after Ctrl-C"
-        if is_first(): print(f"\nddpo_train: stopped by {what}. {left(folder)}", file=sys.stderr)
+        by = stopped_by(stop)
+        if by == "SIGTERM" and "TORCHELASTIC_RUN_ID" in os.environ:
+            by += ", which torchrun also sends after Ctrl-C"
+        if is_first(): print(f"\nddpo_train: stopped by {by}. {left(folder)}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except Exception as error:
         ours = isinstance(error, (ValueError, OSError, SafetensorError))
         if not ours or getattr(error, "is_a_rewards_own", False): traceback.print_exc()
-        reason = str(error) if ours else f"{type(error).__name__}: {error}".splitlines()[0]
-        reason = as_sentence(reason)
+        reason = as_sentence(
+            str(error) if ours else f"{type(error).__name__}: {error}".splitlines()[0])
         sys.exit(f"ddpo_train: {reason} {left(folder)}" if is_first() else
                  f"ddpo_train, in process {os.environ['RANK']}: {reason}")

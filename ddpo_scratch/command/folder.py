@@ -285,11 +285,15 @@ def command_to_resume(
     return f"{start} --resume {shlex.quote(str(folder))}"
 
 
+def stopped_by(error: KeyboardInterrupt) -> str:  # or `Stopped`
+    "Ctrl-C, or the name of a signal."
+    return (str(error) or "SIGINT").replace("SIGINT", "Ctrl-C")
+
+
 def reason_of(error: BaseException) -> str:
     "What ended a run, as a sentence without its beginning."
-    if isinstance(error, KeyboardInterrupt):  # `Stopped`, too
-        return as_sentence(str(error or "SIGINT").replace("SIGINT", "Ctrl-C"))
-    return as_sentence(f"{type(error).__name__}: {error}".removesuffix(": "))
+    return as_sentence(stopped_by(error) if isinstance(error, KeyboardInterrupt) else
+                       f"{type(error).__name__}: {error}".removesuffix(": "))
 
 
 def as_sentence(text: str) -> str:

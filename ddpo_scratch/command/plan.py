@@ -38,7 +38,7 @@ from ..trainer.presets import REWARDS
 from ..trainer.processes import processes
 from ..trainer.sharding import blocks_of
 
-# %% ../../nbs/practice/28_plan.ipynb 11
+# %% ../../nbs/practice/28_plan.ipynb 15
 class LiveBytes(TorchDispatchMode):
     "Count the bytes of tensors that operations create: those alive `.now`, and their `.peak`."
 
@@ -68,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
         self.seen.discard(key)
         self.now -= size
 
-# %% ../../nbs/practice/28_plan.ipynb 12
+# %% ../../nbs/practice/28_plan.ipynb 16
 class Work:
     "Memory and operations of a denoising step, in sampling and in training, by the real code."
 
@@ -177,7 +177,7 @@ def work_of(
     if key not in WORKS: WORKS[key] = Work(config, made)
     return WORKS[key]
 
-# %% ../../nbs/practice/28_plan.ipynb 14
+# %% ../../nbs/practice/28_plan.ipynb 18
 REWARD_WEIGHTS = {  # how many float32 numbers a reward's models have
     "animal": 1_206_044, "right_animal": 142_204, "pickscore": 986_109_441,
     "clip_score": 427_616_513, "aesthetic": 428_544_482}
@@ -190,7 +190,7 @@ def all_rewards(
     return [*dict.fromkeys(name for names in (config.reward, config.eval_rewards) if names
                            for name in reward_weights(names))]
 
-# %% ../../nbs/practice/28_plan.ipynb 15
+# %% ../../nbs/practice/28_plan.ipynb 19
 class Plan(NamedTuple):
     "The calculated memory and operations of a run."
     trained: int                # number of trained weights
@@ -278,7 +278,7 @@ def make_plan(
          "gradients": 4 * trained, "AdamW's averages": averages},
         peaks, 0 if draft else 2 * 4 * epoch * kept * latents)
 
-# %% ../../nbs/practice/28_plan.ipynb 18
+# %% ../../nbs/practice/28_plan.ipynb 22
 GPUS = {  # NVIDIA: gigabytes; 10¹² operations a second in fp32 (as TF32) and in 16 bits
     "RTX 3090, 24 GB": (25.8, 35.6, 71), "RTX 4090, 24 GB": (25.8, 82.6, 165),
     "A100, 80 GB": (85.9, 156, 312), "H100, 80 GB": (85.9, 495, 989)}

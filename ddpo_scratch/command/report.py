@@ -84,7 +84,7 @@ progress { width: 100%; height: 1rem; } img { max-width: 100%; height: auto; }
 .pairs { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr));
          list-style: none; padding: 0; }
 .pairs li { border: 1px solid var(--line); border-radius: 6px; padding: .5rem; }
-.pairs div { display: flex; gap: .25rem; } .pairs img { width: 50%; image-rendering: auto; }
+.pairs div { display: flex; gap: .25rem; } .pairs img { width: 50%; }
 .pairs p { margin: .25rem 0 0; font-size: .85rem; overflow-wrap: anywhere; }
 .prompt { display: -webkit-box; -webkit-line-clamp: 4; -webkit-box-orient: vertical;
           overflow: hidden; }
@@ -103,7 +103,7 @@ box.checked = location.hash !== "#stay";
 box.onchange = () => { location.hash = box.checked ? "" : "stay"; };
 setInterval(() => {
   const minutes = Math.round((Date.now() / 1000 - WRITTEN) / 60);
-  if (minutes > PATIENCE) old.textContent = `Nothing was written for ${minutes} minutes: `
+  if (minutes > SILENCE) old.textContent = `Nothing was written for ${minutes} minutes: `
     + "perhaps the run was killed.";
   if (box.checked && !opened()) location.reload();
 }, 15000);
@@ -192,7 +192,7 @@ def to_go(
     return f", {seconds:.1f} s each: about {duration(seconds * (epochs - done)).strip()} to go"
 
 # %% ../../nbs/practice/37_report.ipynb 13
-def patience(
+def longest_silence(
     clock: list[tuple[int, float]],  # as for `to_go`
 ) -> float:  # minutes
     "After how long without an epoch the page says that the run may have been killed."
@@ -235,7 +235,7 @@ class Report:
         self.clock.append((len(history), time.monotonic()))
         figure, is_of, says = curve(config, history) if history else (None, "", "")
         script = SCRIPT.replace("WRITTEN", str(time.time())).replace(
-            "PATIENCE", str(patience(self.clock)))
+            "SILENCE", str(longest_silence(self.clock)))
         write_file(self.folder / "report.html", self.page.render(
             self.images(), state=state, reason=reason, style=STYLE, scores=self.scores(),
             title=f"{without_folders(config.pipeline)}, trained on "

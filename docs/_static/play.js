@@ -149,8 +149,9 @@ function clip() {
 }
 
 function noise() {
-  const {timesteps, noise, std, etas} = PLAY.schedule, count = timesteps.length;
-  const xs = [...Array(count + 1).keys()], eta = () => +at("eta").value;
+  const {timesteps, noise, std} = PLAY.schedule, count = timesteps.length, slider = at("eta");
+  const xs = [...Array(count + 1).keys()], eta = () => +slider.value;
+  const rows = 1 + (slider.max - slider.min) / slider.step; // of the sprite, one for each η
   const lines = () => [xs, noise, [...std.map(x => x * eta()), null]];
   const made = plot(
     at("noise-plot"), "Noise of the latent after each step, and the standard deviation of the "
@@ -164,14 +165,14 @@ function noise() {
     const step = +at("step").value;
     at("step-says").textContent = `${step} of ${count}`;
     at("eta-says").textContent = eta().toFixed(2);
-    show(at("step-picture"), "play_steps.webp", step, count + 1, etas.indexOf(eta()), etas.length,
+    show(at("step-picture"), "play_steps.webp", step, count + 1, eta() / slider.step, rows,
          `a tiger after ${step} of ${count} steps, eta ${eta()}`);
     const share = `${(100 * noise[step] ** 2).toFixed(1)}% of the latent's variance is noise`;
-    at("noise-text").textContent =
-      (step ? `After ${step} steps ${share}. `
-       : `The latent is drawn as pure noise; for the model, ${share}. `) + (step === count ? "This is the picture."
-        : `The next step, at timestep ${timesteps[step]}, adds noise of standard deviation `
-          + `${(std[step] * eta()).toFixed(3)}.`);
+    const before = step ? `After ${step} steps ${share}. `
+      : `The latent is drawn as pure noise; for the model, ${share}. `;
+    at("noise-text").textContent = before + (step === count ? "This is the picture."
+      : `The next step, at timestep ${timesteps[step]}, adds noise of standard deviation `
+        + `${(std[step] * eta()).toFixed(3)}.`);
     made.setData(lines());
     point(made, step, noise[step]);
   }
